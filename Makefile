@@ -1,0 +1,39 @@
+# `make run` trains the default recipe; `make test` runs the tests. Each sets itself up on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: run test lint demo bench clean help
+
+help:
+	@echo "make run    train the default recipe on text that is on this machine (about 4 minutes)"
+	@echo "make demo   the same run with faults, bare and guarded"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff and mypy"
+
+run: $(READY)
+	$(BIN)/poise train --out runs/nano --new-name
+
+demo: $(READY)
+	$(BIN)/poise demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch first and alone: a plain `torch` pulled in by another package would be the newest build for GPUs.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "poise needs Python 3.11 or newer; run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

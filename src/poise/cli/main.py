@@ -1,0 +1,70 @@
+"""``poise``: one file a command, loaded when it is called, so that ``poise --help`` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from poise.core.errors import UserError, nearest
+
+COMMANDS = {
+    "train": ("poise.cli.train", "train a model from text: a stable model, a report and a resumable run"),
+    "resume": ("poise.cli.resume", "go on with a run that was stopped, killed or crashed"),
+    "demo": ("poise.cli.demo", "the same run with faults, bare and guarded: why this tool exists"),
+    "data": ("poise.cli.data", "prepare text for training, or look at what was prepared"),
+    "methods": ("poise.cli.methods", "list the stability methods, with formula, cost and citation"),
+}
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 success, 2 a user's mistake, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if words else USAGE_ERROR
+    if words[0] in ("-V", "--version"):
+        from poise import __version__
+
+        print(f"poise {__version__}")
+        return 0
+    name = words[0]
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)}; see poise --help")
+        return int(importlib.import_module(COMMANDS[name][0]).main(words[1:]))
+    except UserError as error:
+        print(f"poise{' ' + name if name in COMMANDS else ''}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("poise"):
+            raise
+        print(f"poise {name}: needs the package '{error.name}'; pip install 'poise[train]'", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"poise {name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `poise methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "poise makes language-model pre-training stable.",
+            "",
+            "usage: poise COMMAND [options]      poise COMMAND --help shows them, with an example",
+            "",
+            *lines,
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""``poise methods``: what is built in, and where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from poise.cli.args import Parser
+from poise.core.errors import UserError, nearest
+from poise.core.registry import Card
+
+
+def main(words: Sequence[str]) -> int:
+    """List the cards, or show one."""
+    parser = Parser("methods", "List the stability methods that recipes can name.", "poise methods show qk_norm")
+    parser.add_argument("what", nargs="*", metavar="show NAME", help="show NAME: all that is known of one method")
+    parser.add_argument("--json", action="store_true", help="print the cards as JSON")
+    arguments = parser.parse_args(list(words))
+    cards = all_cards()
+    if arguments.what:
+        if len(arguments.what) != 2 or arguments.what[0] != "show":
+            raise UserError("write: poise methods, or: poise methods show NAME")
+        name = arguments.what[1]
+        if name not in cards:
+            raise UserError(f"unknown method '{name}'{nearest(name, cards)}; see poise methods")
+        cards = {name: cards[name]}
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(card) for card in cards.values()], indent=2))
+    elif arguments.what:
+        for field in dataclasses.fields(Card):
+            print(f"{field.name + ':':<10} {getattr(cards[name], field.name)}")
+    else:
+        width = max(map(len, cards))
+        for card in cards.values():
+            print(f"{card.name:<{width}}  {card.kind:<9}  {card.title}")
+    return 0
+
+
+def all_cards() -> dict[str, Card]:
+    """Return every method's card by name, in the order of the rooms."""
+    from poise.model.methods import cards as model_cards
+    from poise.optim.build import cards as optim_cards
+
+    return {card.name: card for card in [*model_cards(), *optim_cards()]}

@@ -1,0 +1,94 @@
+"""What a person sees while a run goes on: the observer behind ``poise train``, ``resume`` and ``demo``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from poise.core.journal import read
+from poise.dashboard.live import Bar, Display
+from poise.dashboard.summary import render_text, summarise
+from poise.hardware.throughput import Meter
+from poise.train.observers import Observer, StepReport
+
+
+class Terminal(Observer):
+    """Shows a live line on a terminal, plain lines when piped. Writes to standard error."""
+
+    def __init__(self, title: str = "") -> None:
+        self._title = title
+        self._display: Display | None = None
+        self._meter = Meter()
+
+    def on_start(self, run_record: Mapping[str, Any]) -> None:
+        parameters = run_record.get("parameters", 0) / 1e6
+        recipe = run_record["recipe"]
+        about = (
+            f"{self._title or recipe['name']}: {parameters:.1f}M parameters, "
+            f"{run_record['total_steps']} steps of {run_record['tokens_per_step']} tokens, "
+            f"{recipe['train']['dtype']}, compile {recipe['train']['compile']}"
+        )
+        print(about, file=sys.stderr, flush=True)
+
+    def on_step(self, report: StepReport) -> None:
+        if self._display is None:
+            self._display = Display(report.total_steps, sys.stderr)
+        signals = report.signals
+        tokens = round(report.tokens_per_s * report.seconds)
+        rate = self._meter.update(tokens, report.seconds)
+        left = report.total_steps - signals.step
+        self._display.update(
+            step=signals.step,
+            loss=signals.loss,
+            smooth=report.smooth,
+            grad_norm=signals.grad_norm,
+            lr=signals.lr,
+            tokens_per_s=rate,
+            eta_s=left * tokens / rate if rate and math.isfinite(rate) else math.nan,
+            guard_state=report.guard_state,
+        )
+
+    def on_note(self, text: str) -> None:
+        if self._display is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._display.note(text)
+
+    def on_end(self, record: Mapping[str, Any]) -> None:
+        if self._display is not None:
+            self._display.close()
+
+
+class PrepareProgress:
+    """The ``progress`` callback of text preparation, as a bar per stage."""
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if stage != self._stage:
+            self.close()
+            self._bar, self._stage = Bar(stage, total, sys.stderr), stage
+        assert self._bar is not None
+        self._bar.update(done, total)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def show_summary(folder: Path, next_commands: list[str]) -> None:
+    """Print what the run did, from its journal, and what to try next."""
+    print(render_text(summarise(read(folder / "journal.jsonl")), folder, next_commands))
+
+
+def summary_json(folder: Path) -> dict[str, Any]:
+    """Return the same figures for a program."""
+    import dataclasses
+
+    return dataclasses.asdict(summarise(read(folder / "journal.jsonl")))

@@ -1,0 +1,1 @@
+from poise.guard.responses.dispatch import carry_out as carry_out

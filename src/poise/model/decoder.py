@@ -1,0 +1,121 @@
+"""The decoder: embedding, trunk of blocks, head and loss. It builds what the spec says and knows no method.
+
+Shapes: B batch, T positions, D width, V vocabulary, N = B·T rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from poise.core.errors import UserError
+from poise.model.attention import Rope
+from poise.model.blocks import Block
+from poise.model.init import roles_of
+from poise.model.layers import Embedding, Head
+from poise.model.losses import LossOutput, chunked_cross_entropy
+from poise.model.place import Place
+from poise.model.slots import make, make_part
+from poise.model.spec import Spec
+
+
+class Trunk(nn.Module):
+    """Blocks and the final norm: embedded tokens in, final hidden states out, both (B, T, D)."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        place = Place(spec)
+        self.rope = Rope(place)
+        self.blocks = nn.ModuleList(Block(Place(spec, layer)) for layer in range(1, spec.n_layers + 1))
+        self.norm = make("norm", place, spec.d_model)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        for block in self.blocks:
+            x_BTD = block(x_BTD, self.rope)
+        out: Tensor = self.norm(x_BTD)
+        return out
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model built from a ``Spec``. Make one with ``poise.model.build.build``.
+
+    Attributes:
+        spec: what it was built from.
+        compute_dtype: dtype of the residual stream and of every matrix product; parameters stay fp32.
+        trunk: the blocks and the final norm.
+    """
+
+    def __init__(self, spec: Spec, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        place = Place(spec)
+        self.spec, self.compute_dtype = spec, compute_dtype
+        self.embedding = Embedding(spec.vocab_size, spec.d_model)
+        self.embed_out = make("embed_out", place)
+        self.trunk = Trunk(spec)
+        self.head = None if spec.tied else Head(spec.vocab_size, spec.d_model)
+        self.transform = make("logits", place)
+        self.terms = nn.ModuleDict({p.name: make_part("loss_terms", p, place) for p in spec.loss_terms})
+        self._taps = nn.ModuleDict({"embed": nn.Identity(), "final": nn.Identity()})
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, *, token_loss: bool = False) -> LossOutput:
+        """Return the training loss; the head is used in here, so the model can be an FSDP2 root.
+
+        Args:
+            inputs_BT: token ids, int64.
+            targets_BT: the token after each, int64; ``IGNORE`` where it does not count.
+            token_loss: also return the cross-entropy of each position.
+
+        Raises:
+            UserError: sequences longer than ``spec.seq_len``.
+        """
+        hidden_BTD = self.hidden(inputs_BT)
+        loss, ce, log_z, means, token_N = chunked_cross_entropy(
+            hidden_BTD.flatten(0, 1),
+            self.head_weight,
+            targets_BT.flatten(),
+            terms=tuple(self.terms.values()),
+            transform=self.transform,
+        )
+        parts = dict(zip(self.terms, means, strict=True))
+        return LossOutput(loss, ce, log_z, parts, token_N.view_as(targets_BT) if token_loss else None)
+
+    def hidden(self, inputs_BT: Tensor) -> Tensor:
+        """Return the final hidden states (B, T, D) in the compute dtype."""
+        T = inputs_BT.shape[1]
+        if self.spec.seq_len < T:
+            raise UserError(f"a sequence of {T} tokens is longer than the model's seq_len {self.spec.seq_len}")
+        x_BTD = self.embed_out(self.embedding(inputs_BT)).to(self.compute_dtype)
+        out: Tensor = self._taps["final"](self.trunk(self._taps["embed"](x_BTD)))
+        return out
+
+    def logits(self, inputs_BT: Tensor) -> Tensor:
+        """Return the output logits (B, T, V) in fp32; for evaluation and generation, not for training."""
+        hidden_BTD = self.hidden(inputs_BT)
+        raw_BTV = F.linear(hidden_BTD, self.head_weight.to(hidden_BTD.dtype))
+        out: Tensor = self.transform(raw_BTV.to(torch.promote_types(raw_BTV.dtype, torch.float32)))
+        return out
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (V, D) output matrix; the embedding itself when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def roles(self) -> dict[str, str]:
+        """Return the role of every parameter: ``embedding``, ``head``, ``norm``, ``qkv``, ``attn_out``, ..."""
+        return roles_of(self)
+
+    def taps(self) -> dict[str, nn.Module]:
+        """Return the places to listen to, by name: identity modules to put a forward hook on.
+
+        Names are ``embed``, ``block.<0-based number>.<place>`` and ``final``; the page of this room lists them.
+        """
+        found = {"embed": self._taps["embed"]}
+        for number, block in enumerate(self.trunk.blocks):
+            for owner in (block.attn, block.mlp, block):
+                found |= {f"block.{number}.{name}": tap for name, tap in owner.taps.items()}
+        return found | {"final": self._taps["final"]}
+
+    def compile_trunk(self) -> None:
+        """Compile the trunk in place; names of parameters do not change. Put hooks on taps before, not after."""
+        self.trunk.compile(fullgraph=True, dynamic=False)

@@ -1,0 +1,152 @@
+"""Small modules: norms, matrices, and the parts that do nothing.
+
+Weights are fp32 masters; every module casts them to the dtype of its input when it uses them, which is what
+FSDP2's mixed precision does too. Statistics of norms are taken in fp32.
+
+A module that owns parameters says what each is in ``param_roles`` (local name -> role); a parameter that
+starts as a constant says so in ``param_fill``.
+
+Shapes: ... any, D last dimension, O output features, V vocabulary, B batch, T positions, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from poise.model.place import Place
+
+
+class Linear(nn.Module):
+    """``y = x Wᵀ``, no bias; W is (O, D) and is cast to the dtype of x at each use."""
+
+    def __init__(self, place: Place, d_in: int, d_out: int, role: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.param_roles = {"weight": role}
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        return F.linear(x_D, self.weight.to(x_D.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, role={self.param_roles['weight']}"
+
+
+class Embedding(nn.Module):
+    """Token ids -> rows of the (V, D) table, in the table's own dtype."""
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.param_roles = {"weight": "embedding"}
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return F.embedding(ids_BT, self.weight)
+
+
+class Head(nn.Module):
+    """Holder of an untied output matrix (V, D); the loss multiplies by it chunk by chunk."""
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.param_roles = {"weight": "head"}
+
+
+class RMSNorm(nn.Module):
+    """``y = x / sqrt(mean(x²) + eps) · g`` (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, place: Place, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = place.spec.norm_eps
+        self.param_roles = {"weight": "norm"}
+        self.param_fill = {"weight": 1.0}
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        out: Tensor = _RMSNorm.apply(x_D, self.weight, self.eps)
+        return out
+
+
+class LayerNorm(nn.Module):
+    """``y = (x − mean) / sqrt(var + eps) · g``, no bias (Ba et al. 2016, arXiv 1607.06450)."""
+
+    def __init__(self, place: Place, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = place.spec.norm_eps
+        self.param_roles = {"weight": "norm"}
+        self.param_fill = {"weight": 1.0}
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        out_D = F.layer_norm(_at_least_fp32(x_D), self.weight.shape, self.weight, None, self.eps)
+        return out_D.to(x_D.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm with its own backward: it keeps x as it came and one fp32 number a row, not fp32 copies of x."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_D: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+        x32_D = _at_least_fp32(x_D)
+        scale_1 = torch.rsqrt(x32_D.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x_D, gain_D, scale_1)
+        return (x32_D * scale_1).mul_(gain_D).to(x_D.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy_D: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_D, gain_D, scale_1 = ctx.saved_tensors  # type: ignore[attr-defined]
+        dy32_D = _at_least_fp32(dy_D)
+        unit_D = _at_least_fp32(x_D) * scale_1
+        dgain_D = (dy32_D * unit_D).flatten(0, -2).sum(0)
+        dunit_D = dy32_D * gain_D
+        along_1 = (dunit_D * unit_D).mean(-1, keepdim=True)
+        dx_D = dunit_D.sub_(unit_D.mul_(along_1)).mul_(scale_1)
+        return dx_D.to(x_D.dtype), dgain_D.to(gain_D.dtype), None
+
+
+class Same(nn.Module):
+    """x -> x: an empty ``branch_out``, ``embed_out`` or ``logits`` slot."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class SamePair(nn.Module):
+    """(q, k) -> (q, k): an empty ``qk`` slot."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+
+    def forward(self, q_BHTK: Tensor, k_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        return q_BHTK, k_BHTK
+
+
+class Ungated(nn.Module):
+    """(attention output, attention input) -> attention output: an empty ``attn_gate`` slot."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+
+    def forward(self, out_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        return out_BTD
+
+
+class Add(nn.Module):
+    """(stream, branch) -> stream + branch: the plain residual connection."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+
+    def forward(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
+        return x_BTD + branch_BTD
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,7 @@
+"""Print ``docs/methods.md``."""
+
+import sys
+
+from poise.model.methods import table_markdown
+
+sys.stdout.write(table_markdown())

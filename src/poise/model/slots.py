@@ -1,0 +1,89 @@
+"""From a slot's ``Part`` to its module: the decoder asks here and knows no method by name.
+
+House kinds are in the literal table below; a method's own kinds are in the ``PARTS`` table of its file.
+Shapes: see ``layers`` and ``attention``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from torch import nn
+
+from poise.core.errors import UserError, nearest
+from poise.model import layers, methods
+from poise.model.attention import SoftmaxScores
+from poise.model.init import DefaultInit, SmallInit
+from poise.model.place import Place
+from poise.model.spec import Part
+
+Builder = Callable[..., Any]
+"""``builder(place, ...)``; norms take also ``dim``, linears ``d_in, d_out, role``; then the part's fields."""
+
+
+def _branch_norm(place: Place) -> nn.Module:
+    return make("norm", place, place.spec.d_model)
+
+
+HOUSE: Final[Mapping[str, Mapping[str, Builder]]] = {
+    "norm": {"rmsnorm": layers.RMSNorm, "layernorm": layers.LayerNorm},
+    "branch_in": {"norm": _branch_norm, "none": layers.Same},
+    "branch_out": {"none": layers.Same, "norm": _branch_norm},
+    "residual": {"add": layers.Add},
+    "qk": {"none": layers.SamePair},
+    "scores": {"softmax": SoftmaxScores},
+    "attn_gate": {"none": layers.Ungated},
+    "linear": {"linear": layers.Linear},
+    "embed_out": {"none": layers.Same},
+    "logits": {"none": layers.Same},
+    "loss_terms": {},
+    "init": {"default": DefaultInit, "small": SmallInit},
+}
+
+
+def kinds(slot: str) -> dict[str, Builder]:
+    """Return every known part name of a slot with its builder."""
+    known = dict(HOUSE[slot])
+    for name in methods.METHODS:
+        for part, builder in methods.load(name).PARTS.get(slot, {}).items():
+            assert part not in known, f"two builders for part '{part}' of slot '{slot}'"
+            known[part] = builder
+    return known
+
+
+def builder(slot: str, part: Part) -> Builder:
+    """Return the builder of ``part``.
+
+    Raises:
+        UserError: no such kind for this slot.
+    """
+    if part.name in HOUSE[slot]:
+        return HOUSE[slot][part.name]
+    known = kinds(slot)
+    if part.name not in known:
+        raise UserError(
+            f"slot '{slot}' has no part '{part.name}'{nearest(part.name, known)}; it knows {', '.join(known)}"
+        )
+    return known[part.name]
+
+
+def make(slot: str, place: Place, *sizes: int | str) -> Any:
+    """Build the module that the spec puts in ``slot`` at ``place``."""
+    return make_part(slot, getattr(place.spec, slot), place, *sizes)
+
+
+def make_part(slot: str, part: Part, place: Place, *sizes: int | str) -> Any:
+    """Build the module of one part of ``slot``.
+
+    Raises:
+        UserError: a field the part does not have.
+    """
+    build = builder(slot, part)
+    fields = dict(part.fields)
+    try:
+        inspect.signature(build).bind(place, *sizes, **fields)
+    except TypeError as error:
+        raise UserError(f"part '{part.name}' of slot '{slot}' has fields {fields}: {error}") from None
+    return build(place, *sizes, **fields)

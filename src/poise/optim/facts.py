@@ -1,0 +1,83 @@
+"""Facts about a whole gradient, computed once, on the device, right for sharded tensors.
+
+Shape letters: none; every fact is a 0-dim tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.core.errors import UserError
+
+Parameters = Sequence[Tensor]
+
+
+def global_norm(grads: Iterable[Tensor]) -> Tensor:
+    """Return the L2 norm of all tensors together: 0-dim, on their device, fp32 (fp64 if any of them is).
+
+    DTensors count as a whole, so every rank of their mesh has to call this; tensors on different meshes are
+    grouped by mesh and the norms combined. Gradients in 16 bits are summed in fp32. No host sync.
+    """
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        by_mesh.setdefault(getattr(grad, "device_mesh", None), []).append(grad)
+    norms: list[Tensor] = []
+    for group in by_mesh.values():
+        if all(grad.dtype in (torch.float32, torch.float64) for grad in group):
+            norm = torch.nn.utils.get_total_norm(group)
+        else:
+            wide = [torch.linalg.vector_norm(grad, dtype=working_dtype(grad)) for grad in group]
+            norm = torch.linalg.vector_norm(torch.stack(wide))
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not norms:
+        return torch.zeros((), dtype=torch.float32)
+    if len(norms) == 1:
+        return norms[0]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the precision to compute in: fp32, or fp64 where the tensor has it."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+class NormCache:
+    """The norm of the present gradients, computed when first asked for and again only when they changed.
+
+    Replaced gradients and in-place changes (another backward pass, another clipper) are seen by the tensors'
+    version counters, which costs nothing on the device.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[tuple[int, int], ...] | None = None
+        self._norm: Tensor | None = None
+        self._grads: list[Tensor] = []
+
+    def norm(self, params: Iterable[Tensor]) -> Tensor:
+        """Return the global norm of the parameters' gradients.
+
+        Raises:
+            UserError: a gradient is sparse.
+        """
+        grads = [p.grad.detach() for p in params if p.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            raise UserError("a gradient is sparse, which no link can handle; build the embedding with sparse=False")
+        key = tuple((_storage(grad), grad._version) for grad in grads)
+        if self._norm is None or key != self._key:
+            self._key, self._norm = key, global_norm(grads)
+            self._grads = grads  # kept alive, so that a key cannot come to mean another tensor
+        return self._norm
+
+    def forget(self) -> None:
+        """Drop the norm: the gradients were used or cleared."""
+        self._key, self._norm, self._grads = None, None, []
+
+
+def _storage(grad: Tensor) -> int:
+    local: Tensor = getattr(grad, "_local_tensor", grad)
+    return local.data_ptr()

@@ -1,0 +1,76 @@
+"""What a recipe would cost, from its description alone: ``poise train --dry-run``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from poise.hardware import distributed, precision, throughput
+from poise.model.build import build
+from poise.model.counts import count
+from poise.train.recipe import Recipe
+
+UTILISATION = 0.4
+"""Share of the matrix-product rate that the time estimate assumes."""
+
+
+def budget(recipe: Recipe) -> dict[str, Any]:
+    """Return sizes, token budget, memory and a time estimate. Nothing is allocated: the model is built on meta."""
+    spec, config = recipe.spec(), recipe.train
+    device = distributed.device()
+    counts = count(spec)
+    model = build(spec, seed=recipe.seed, device="meta")
+    built = sum(p.numel() for p in model.parameters())
+    assert built == counts.params, f"the count says {counts.params}, the model has {built} parameters"
+    dtype = precision.pick_dtype(config.dtype, device)
+    rate = throughput.matmul_rate(dtype, device)
+    tokens = recipe.tokens_per_step * config.steps
+    flops = counts.flops_per_token * tokens
+    return {
+        "recipe": recipe.name,
+        "parameters": counts.params,
+        "tokens": tokens,
+        "tokens_per_parameter": round(tokens / counts.params, 2),
+        "training_flops": flops,
+        "memory_bytes": counts.memory(config.micro_batch or config.batch_size, dtype),
+        "dtype": str(dtype).removeprefix("torch."),
+        "matmul_flops_per_s": rate,
+        "estimated_seconds": round(flops / (UTILISATION * rate), 1),
+        "spec": spec.to_dict(),
+    }
+
+
+def render(recipe: Recipe, figures: dict[str, Any]) -> str:
+    """Return the budget for a person."""
+    memory = figures["memory_bytes"]
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items() if name != "total")
+    config = recipe.train
+    micro = config.micro_batch or config.batch_size
+    return "\n".join(
+        [
+            f"recipe      {recipe.name}",
+            f"parameters  {figures['parameters']:,}",
+            f"tokens      {figures['tokens']:,} = {config.steps:,} steps x {config.batch_size} sequences x "
+            f"{config.seq_len} ({figures['tokens_per_parameter']:g} per parameter)",
+            f"arithmetic  {figures['training_flops']:.3g} FLOP",
+            f"memory      {_bytes(memory['total'])} for one process at {micro} sequences at once ({parts})",
+            f"time        about {_time(figures['estimated_seconds'])} on this machine alone, at "
+            f"{UTILISATION:.0%} of its {figures['dtype']} matrix-product rate "
+            f"({figures['matmul_flops_per_s'] / 1e9:,.0f} GFLOP/s)",
+            f"methods     {', '.join(recipe.model.methods) or 'none'}",
+        ]
+    )
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("years", 31_557_600), ("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

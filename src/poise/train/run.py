@@ -1,0 +1,278 @@
+"""From a recipe to a finished run: the two functions behind ``poise train`` and ``poise resume``.
+
+A run is a folder: ``recipe.toml`` (every value, resolved), ``journal.jsonl``, ``checkpoints/``,
+``report.html``. It is never overwritten.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poise.core import config as configs
+from poise.core.errors import UserError
+from poise.core.journal import Journal, read
+from poise.dashboard.report import write_report
+from poise.data.loader import Loader
+from poise.data.prepare import prepare
+from poise.data.store import Tokens, open_tokens
+from poise.guard.guard import build as build_guard
+from poise.hardware import compiler, distributed, environment, precision, sharding, throughput
+from poise.hardware.checkpoint import CheckpointStore
+from poise.model.build import build as build_model
+from poise.model.counts import count
+from poise.optim.build import build as build_optimizer
+from poise.train import loop
+from poise.train.observers import Observer
+from poise.train.recipe import Recipe
+from poise.train.state import Run
+
+JOURNAL_FORMAT = 1
+WORTH_COMPILING_S = 300.0
+"""``compile = auto`` compiles from this many seconds of expected run time: a cold compile costs about 30 s."""
+
+Progress = Callable[[str, int, int | None], None]
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    observers: Sequence[Observer] = (),
+    progress: Progress | None = None,
+    command: str = "",
+    before: Callable[[Run], None] | None = None,
+) -> loop.Outcome:
+    """Train ``recipe`` from the start in the new folder ``out``.
+
+    Args:
+        observers: told what happens; they cannot steer.
+        progress: called as (stage, done, total or None) while text is prepared.
+        command: the command line, for the report.
+        before: called with the assembled run before its first step (fault injection, extra logging).
+
+    Raises:
+        UserError: the folder exists, or the recipe, the text or the machine cannot do this.
+    """
+    world = distributed.init()
+    folder = Path(out)
+    if world.rank == 0:
+        _new_folder(folder)
+    try:
+        tokens, recipe = prepared(recipe, progress, world)
+        recipe = resolve(recipe, tokens)
+        check(recipe, tokens, world)
+    except BaseException:
+        if world.rank == 0:
+            folder.rmdir()  # still empty: nothing of the user's is lost
+        raise
+    if world.rank == 0:
+        (folder / "recipe.toml").write_text(configs.to_toml(recipe), encoding="utf-8")
+    distributed.barrier()
+    run = assemble(recipe, folder, tokens, world, observers)
+    _write_run_record(run, command)
+    if before is not None:
+        before(run)
+    return _finish(run, folder)
+
+
+def resume(
+    folder: str | Path,
+    over: Mapping[str, Any] | None = None,
+    *,
+    observers: Sequence[Observer] = (),
+    command: str = "",
+) -> loop.Outcome | None:
+    """Go on with a run from its newest verified checkpoint; ``None`` when it has finished already.
+
+    Raises:
+        UserError: no run there, its text has changed, or ``over`` changes what a checkpoint fixes.
+    """
+    folder = Path(folder)
+    recipe = read_recipe(folder, over)
+    records = read(folder / "journal.jsonl") if (folder / "journal.jsonl").exists() else []
+    if finished(records, recipe):
+        return None
+    world = distributed.init()
+    tokens = open_tokens(Path(recipe.data.dir))
+    check(recipe, tokens, world)
+    run = assemble(recipe, folder, tokens, world, observers)
+    if run.store.steps():
+        loaded = run.restore(at_most=run.store.resume_limit())
+        run.unpack(loaded.meta, after_rollback=False)
+        for line in loaded.rejected:
+            run.tell("on_note", line)
+        reason, damaged = f"resumed from step {loaded.step}", loaded.rejected
+    else:
+        reason, damaged = "no checkpoint yet: started again from step 0", []
+    run.store.begin_attempt(run.position.step)
+    if run.journal is not None:
+        if over:
+            (folder / "recipe.toml").write_text(configs.to_toml(recipe), encoding="utf-8")
+        if not any(record["type"] == "run" for record in records):
+            _write_run_record(run, command)
+        run.journal.write("restart", step=run.position.step, reason=reason, damaged_checkpoints=damaged)
+    run.tell("on_note", reason)
+    return _finish(run, folder)
+
+
+def finished(records: Sequence[Mapping[str, Any]], recipe: Recipe) -> bool:
+    """Whether the journal says that the whole budget has been used."""
+    ends = [r for r in records if r["type"] == "end"]
+    return bool(ends) and ends[-1]["reason"] == "finished" and ends[-1]["step"] >= recipe.train.steps
+
+
+def read_recipe(folder: Path, over: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a run folder's recipe; ``over`` may change what a checkpoint does not fix."""
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"'{folder}' is not a run: it has no recipe.toml; give the folder that poise train wrote")
+    values = configs.load(folder / "recipe.toml")
+    recipe = configs.build(Recipe, configs.merge(values, over or {}))
+    fixed = configs.build(Recipe, values)
+    for section in ("seed", "model", "data"):
+        if getattr(recipe, section) != getattr(fixed, section):
+            raise UserError(f"a resumed run cannot change '{section}'; start a new run: poise train ... --{section}")
+    for key in ("seq_len", "batch_size", "dtype"):
+        if getattr(recipe.train, key) != getattr(fixed.train, key):
+            raise UserError(f"a resumed run cannot change 'train.{key}'; start a new run for that")
+    return recipe
+
+
+def prepared(recipe: Recipe, progress: Progress | None, world: distributed.World) -> tuple[Tokens, Recipe]:
+    """Return the recipe's text as tokens, preparing it where that has not been done; rank 0 does the work."""
+    data = recipe.data
+    folder = Path(data.dir) if data.dir else None
+    if world.rank == 0:
+        done = prepare(
+            data.source,
+            folder,
+            vocab_size=data.vocab_size,
+            tokenizer=data.tokenizer or None,
+            val_fraction=data.val_fraction,
+            text_field=data.text_field,
+            progress=progress,
+        )
+        folder = done.dir
+    folder = Path(distributed.from_rank_0(str(folder)))
+    return open_tokens(folder), recipe.replace("data", dir=str(folder.resolve()))
+
+
+def resolve(recipe: Recipe, tokens: Tokens) -> Recipe:
+    """Replace every ``auto`` by what it means on this machine, so that a resumed run means the same."""
+    config = recipe.train
+    device = distributed.device()
+    dtype = precision.pick_dtype(config.dtype, device)
+    compiled = config.compile
+    if compiled == "auto":
+        compiled = "off"
+        if expected_seconds(recipe, tokens.vocab_size) > WORTH_COMPILING_S and compiler.can_compile()[0]:
+            compiled = "on"
+    elif compiled == "on" and not compiler.can_compile()[0]:
+        raise UserError(f"train.compile is on, but {compiler.can_compile()[1]}; use --train.compile off")
+    return recipe.replace(
+        "train",
+        dtype="bf16" if dtype == torch.bfloat16 else "fp32",
+        compile=compiled,
+        threads=config.threads or torch.get_num_threads(),
+    )
+
+
+def expected_seconds(recipe: Recipe, vocab_size: int) -> float:
+    """Rough time of the run here: its arithmetic at 40 % of this machine's matrix-product rate."""
+    device = distributed.device()
+    rate = throughput.matmul_rate(precision.pick_dtype(recipe.train.dtype, device), device)
+    flops = count(recipe.spec(vocab_size)).flops_per_token * recipe.tokens_per_step * recipe.train.steps
+    return float(flops / (0.4 * rate * distributed.world_size()))
+
+
+def check(recipe: Recipe, tokens: Tokens, world: distributed.World) -> None:
+    """Find what cannot work before the first step."""
+    if recipe.train.batch_size % world.size:
+        raise UserError(
+            f"train.batch_size {recipe.train.batch_size} does not divide over {world.size} processes; "
+            f"use a multiple of {world.size}"
+        )
+    Loader(tokens, recipe.train.seq_len, recipe.seed)  # raises where the text is shorter than one sequence
+
+
+def assemble(
+    recipe: Recipe, folder: Path, tokens: Tokens, world: distributed.World, observers: Sequence[Observer]
+) -> Run:
+    """Build the run's parts from its resolved recipe. Nothing is trained or loaded yet."""
+    config = recipe.train
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    spec = recipe.spec(tokens.vocab_size)
+    dtype = precision.pick_dtype(config.dtype, world.device)
+    model = build_model(spec, seed=recipe.seed, device=world.device, compute_dtype=dtype)
+    roles = model.roles()
+    if config.compile == "on":
+        model.compile_trunk()
+    sharding.shard(model, list(model.trunk.blocks), world, dtype)
+    optimizer = build_optimizer(recipe.optim, model.named_parameters(), roles)
+    validation = None
+    if recipe.data.val_fraction > 0 and tokens.split("val").tokens > config.seq_len:
+        validation = Loader(tokens, config.seq_len, recipe.seed, split="val")
+    return Run(
+        recipe=recipe,
+        model=model,
+        optimizer=optimizer,
+        guard=build_guard(recipe.guard),
+        loader=Loader(tokens, config.seq_len, recipe.seed),
+        validation=validation,
+        world=world,
+        store=CheckpointStore(folder / "checkpoints", config.keep_last, config.keep_best),
+        journal=Journal(folder / "journal.jsonl") if world.rank == 0 else None,
+        fingerprint={"model": spec.to_dict(), "data": tokens.fingerprint, "seed": recipe.seed},
+        observers=list(observers) if world.rank == 0 else [],
+    )
+
+
+def reproduce_command(words: Sequence[str] = ()) -> str:
+    """Return the command line as a user would type it."""
+    words = list(words) or sys.argv
+    return " ".join(["poise", *words[1:]])
+
+
+def _write_run_record(run: Run, command: str) -> None:
+    if run.journal is None:
+        return
+    spec = run.recipe.spec(run.fingerprint["model"]["vocab_size"])
+    record = run.journal.write(
+        "run",
+        format=JOURNAL_FORMAT,
+        recipe=configs.to_dict(run.recipe),
+        command=command,
+        environment=environment.describe(),
+        parameters=count(spec).params,
+        tokens_per_step=run.recipe.tokens_per_step,
+        total_steps=run.recipe.train.steps,
+    )
+    run.tell("on_start", record)
+
+
+def _finish(run: Run, folder: Path) -> loop.Outcome:
+    try:
+        return loop.train(run)
+    finally:
+        if run.journal is not None:
+            run.journal.close()
+            write_report(folder)
+
+
+def _new_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=False)
+    except FileExistsError:
+        raise UserError(
+            f"'{folder}' exists and is not overwritten; resume it with: poise resume {folder}, "
+            f"or choose another folder with --out"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot make the run folder '{folder}': {error.strerror}; choose another with --out") from None
+
+
+__all__ = ["assemble", "read_recipe", "resume", "train"]

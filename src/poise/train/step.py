@@ -1,0 +1,31 @@
+"""One step of training. Nothing here names a method, an optimizer or a detector."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from poise.core.types import Clip, Decision, Proceed, Signals, Skip
+from poise.guard.responses import carry_out
+
+if TYPE_CHECKING:
+    from poise.train.state import Run
+
+
+def train_step(run: Run) -> tuple[Signals, Decision]:
+    """Do the next step: gradients, one reading, one decision, and what was decided."""
+    for batch in run.next_batches():
+        run.backward(batch)  # accumulates over micro-batches
+    signals = run.read_signals()  # reduced over ranks; the step's one host sync
+    decision = run.guard.decide(signals)
+    run.record(signals, decision)  # before acting: what was decided survives a crash while acting
+    match decision:
+        case Proceed():
+            run.optimizer.step()
+        case Clip(max_norm=max_norm):
+            run.optimizer.step(max_norm=max_norm)
+        case Skip():
+            pass  # not called: weights and moments stay as they are; the step and its data are used up
+        case other:
+            carry_out(other, run.host)
+    run.optimizer.zero_grad(set_to_none=True)
+    return signals, decision

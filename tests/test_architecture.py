@@ -1,0 +1,122 @@
+"""The house rules that can be checked: arrows between rooms, no cycles, files of a readable size."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from poise.cli.methods import all_cards
+from poise.model import methods
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "poise"
+
+TOPICS = {"data", "model", "optim", "guard", "hardware", "dashboard"}
+ALLOWED = {
+    "core": set[str](),
+    **{room: {"core"} for room in TOPICS},
+    "train": {"core", *TOPICS},
+    "studies": {"core", "train", *TOPICS},
+    "cli": {"core", "train", "studies", *TOPICS},
+}
+"""Which rooms a room may import, besides itself."""
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def imports_of(path: Path) -> set[str]:
+    """Rooms of poise that a file imports anywhere, also inside functions and for type checking."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "poise" and len(parts) > 1 and (SOURCE / parts[1]).is_dir():
+                found.add(parts[1])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_arrows_point_one_way(path: Path) -> None:
+    room = room_of(path)
+    if not room:
+        return  # the face names every room, lazily
+    wrong = imports_of(path) - {room} - ALLOWED[room]
+    assert not wrong, f"{path.relative_to(ROOT)}: room '{room}' may not import {sorted(wrong)}"
+
+
+def test_every_room_has_a_rule_and_a_page() -> None:
+    rooms = {p.name for p in SOURCE.iterdir() if (p / "__init__.py").exists()}
+    assert rooms == set(ALLOWED)
+    pages = {p.stem for p in (ROOT / "docs").glob("*.md")}
+    assert TOPICS | {"train"} <= pages
+
+
+def test_room_faces_are_tables_or_empty() -> None:
+    for path in SOURCE.rglob("__init__.py"):
+        if path.parent == SOURCE:
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) < 120, f"{path.relative_to(ROOT)} has grown beyond a table"
+
+
+def test_files_are_of_a_readable_size() -> None:
+    long = {str(p.relative_to(ROOT)): n for p in FILES if (n := len(p.read_text().splitlines())) > 450}
+    assert not long
+
+
+def test_detectors_import_no_torch() -> None:
+    for path in (SOURCE / "guard" / "detectors").glob("*.py"):
+        assert "import torch" not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_import_poise_costs_no_torch() -> None:
+    code = "import sys, poise; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_costs_no_torch() -> None:
+    code = "import sys\nfrom poise.cli.main import main\nmain(['--help'])\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_every_public_name_exists() -> None:
+    import poise
+
+    missing = []
+    for name in poise.__all__:
+        try:
+            getattr(poise, name)
+        except (ImportError, AttributeError) as error:
+            missing.append(f"{name}: {error}")
+    assert not missing
+
+
+def test_every_method_has_card_and_docs_line() -> None:
+    table = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for name, card in all_cards().items():
+        for field in ("title", "citation", "formula", "acts", "cost", "off", "differs"):
+            assert getattr(card, field).strip(), f"{name}: the card's {field} is empty"
+        if card.kind == "model":
+            assert f"`{name}`" in table, f"docs/methods.md has no line for {name}"
+
+
+def test_every_model_method_file_is_registered() -> None:
+    files = {p.stem for p in (SOURCE / "model" / "methods").glob("*.py")} - {"__init__"}
+    cards = {card.name for card in methods.cards()}
+    assert cards <= files
