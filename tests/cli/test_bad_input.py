@@ -9,7 +9,7 @@ import pytest
 
 from poise.cli.main import main
 
-SMALL = ["--train.steps", "2", "--train.batch_size", "2", "--train.seq_len", "32", "--train.compile", "off",
+SMALL = ["--train.steps", "3", "--optim.schedule.warmup_steps", "1", "--train.batch_size", "2", "--train.seq_len", "32", "--train.compile", "off",
          "--model.n_layers", "1", "--model.d_model", "32", "--model.n_heads", "2", "--data.vocab_size", "512",
          "--train.eval_every", "0", "--train.dtype", "fp32"]  # fmt: skip
 
@@ -46,6 +46,7 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], *says: str) -> s
         (["train", "--optim.lr", "nan"], ["lr", "nan"]),
         (["train", "--optim.lr", "fast"], ["'optim.lr' is 'fast'"]),
         (["train", "--train.steps", "0"], ["train.steps is 0"]),
+        (["train", "--train.steps", "20"], ["warmup_steps is 40", "20 steps"]),
         (["train", "--train.steps", "2.5"], ["'train.steps' is 2.5"]),
         (["train", "--train.micro_batch", "3"], ["does not divide"]),
         (["train", "--model.n_heads", "3"], ["3", "256"]),

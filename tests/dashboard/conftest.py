@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 Record = dict[str, Any]
 START = 1_700_000_000.0
@@ -179,3 +182,16 @@ def crashed() -> Maker:
     maker.run()
     maker.steps(1, 217)
     return maker
+
+
+@pytest.fixture
+def made() -> Callable[..., Maker]:
+    """Return a maker of journals by name, e.g. ``made("spiked")``."""
+    kinds: dict[str, Callable[..., Maker]] = {
+        f.__name__: f for f in (healthy, spiked, with_nan, rolled_back, crashed)
+    }
+
+    def make(name: str, **options: Any) -> Maker:
+        return kinds[name](**options)
+
+    return make

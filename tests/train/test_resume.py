@@ -54,8 +54,7 @@ def weights(folder: Path, recipe: Any) -> list[torch.Tensor]:
 
     recipe = read_recipe(folder)
     run = assemble(recipe, folder, open_tokens(Path(recipe.data.dir)), distributed.init(), [])
-    loaded = run.restore(at_most=None)
-    run.unpack(loaded.meta, after_rollback=False)
+    run.restore(None)
     assert run.journal is not None
     run.journal.close()
     tensors = list(run.model.state_dict().values())

@@ -21,7 +21,7 @@ class Terminal(Observer):
     def __init__(self, title: str = "") -> None:
         self._title = title
         self._display: Display | None = None
-        self._meter = Meter()
+        self._meter: Meter | None = None
 
     def on_start(self, run_record: Mapping[str, Any]) -> None:
         parameters = run_record.get("parameters", 0) / 1e6
@@ -34,20 +34,21 @@ class Terminal(Observer):
         print(about, file=sys.stderr, flush=True)
 
     def on_step(self, report: StepReport) -> None:
-        if self._display is None:
-            self._display = Display(report.total_steps, sys.stderr)
         signals = report.signals
         tokens = round(report.tokens_per_s * report.seconds)
-        rate = self._meter.update(tokens, report.seconds)
-        left = report.total_steps - signals.step
+        if self._display is None or self._meter is None:
+            self._display = Display(report.total_steps, sys.stderr)
+            self._meter = Meter(total_tokens=tokens * report.total_steps, done_tokens=signals.tokens - tokens)
+        self._meter.update(tokens)
+        eta = self._meter.eta_seconds
         self._display.update(
             step=signals.step,
             loss=signals.loss,
             smooth=report.smooth,
             grad_norm=signals.grad_norm,
             lr=signals.lr,
-            tokens_per_s=rate,
-            eta_s=left * tokens / rate if rate and math.isfinite(rate) else math.nan,
+            tokens_per_s=self._meter.tokens_per_second or report.tokens_per_s,
+            eta_s=math.nan if eta is None else eta,
             guard_state=report.guard_state,
         )
 

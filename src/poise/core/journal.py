@@ -46,7 +46,7 @@ class Journal:
         _end_torn_line(self.path)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
 
-    def write(self, kind: str, **fields: Any) -> Record:
+    def write(self, kind: str, /, **fields: Any) -> Record:
         """Write one record and hand it to the operating system; return it as it will be read back."""
         missing = [name for name in FIELDS[kind] if name not in fields]
         assert not missing, f"a {kind} record needs {missing}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -52,12 +53,12 @@ def write_comparison(
     if rows and len(rows) != len(runs):
         raise UserError(f"{len(rows)} rows for {len(runs)} runs; give one row a run or none")
     read = []
-    for label, run_dir in runs:
+    for name, run_dir in runs:
         path = Path(run_dir) / "journal.jsonl"
         if not path.is_file():
-            raise UserError(f"no journal '{path}' for the run '{label}'")
+            raise UserError(f"no journal '{path}' for the run '{name}'")
         records = journal.read(path)
-        read.append((label, records, summarise(records)))
+        read.append((name, records, summarise(records)))
     page = Page(title)
     if note:
         page.paragraph(note, "verdict")
@@ -66,7 +67,7 @@ def write_comparison(
         "nats per token, by training step; thin lines are single steps, thick lines are smoothed. " + ZOOM,
         "soft",
     )
-    page.figure(_figure(read), f"Loss of {', '.join(label for label, _ in runs)} by training step")
+    page.figure(_figure(read), f"Loss of {', '.join(name for name, _ in runs)} by training step")
     page.heading("Outcome")
     head, cells = _table(read, rows)
     page.table(head, cells, wide=["Outcome"])
@@ -81,22 +82,28 @@ def _table(
     read: Sequence[tuple[str, Sequence[Record], Summary]], rows: Sequence[Mapping[str, object]]
 ) -> tuple[list[str], list[list[str]]]:
     table: list[dict[str, str]] = []
-    for i, (label, records, summary) in enumerate(read):
+    for i, (name, records, summary) in enumerate(read):
         row = {
-            "Run": label,
+            "Run": name,
             "Final loss": number(summary.loss_last, 3),
             "Validation loss": number(summary.eval_last, 3),
-            "Outcome": outcome(summary) + (f": {summary.message}" if summary.message else ""),
+            "Outcome": _outcome(summary),
             "Skipped steps": f"{summary.skipped:,}",
             "Rollbacks": f"{summary.rollbacks:,}",
             "Weights finite": _cell((newest(records, "end") or {}).get("weights_finite")),
         }
-        row |= {_column(name): _cell(value) for name, value in (rows[i] if rows else {}).items()}
+        row |= {_column(key): _cell(value) for key, value in (rows[i] if rows else {}).items()}
         table.append(row)
     head = list(dict.fromkeys(name for row in table for name in row))
     if all(row["Weights finite"] == MISSING for row in table):
         head.remove("Weights finite")
     return head, [[row.get(name, MISSING) for name in head] for row in table]
+
+
+def _outcome(summary: Summary) -> str:
+    """Return how the run ended; a run that goes on with NaN weights to the last step has not survived."""
+    dead = "loss not finite" if summary.loss_last is not None and not math.isfinite(summary.loss_last) else ""
+    return ": ".join(part for part in (outcome(summary), summary.message, dead) if part)
 
 
 def _column(name: str) -> str:

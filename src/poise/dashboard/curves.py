@@ -87,11 +87,16 @@ def smooth(values: Floats) -> Floats:
         return values
     padded = np.pad(values, 2, mode="edge")
     medians = np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1)
-    decay = math.exp(-1.0 / min(250.0, max(3.0, n / 80)))
+    scale = min(250.0, max(3.0, n / 80))
+    # Before the start the curve is continued by its own mirror image: else the mean of the steep first steps
+    # would lie below them.
+    extra = min(n - 1, int(4 * scale))
+    medians = np.concatenate([2 * medians[0] - medians[extra:0:-1], medians])
+    decay = math.exp(-1.0 / scale)
     ahead_sum, ahead_weight = _decayed(medians, decay)
     behind_sum, behind_weight = (part[::-1] for part in _decayed(medians[::-1], decay))
     # Each point is in both passes, so it is taken out once.
-    return np.asarray((ahead_sum + behind_sum - medians) / (ahead_weight + behind_weight - 1.0))
+    return np.asarray((ahead_sum + behind_sum - medians) / (ahead_weight + behind_weight - 1.0))[extra:]
 
 
 def _decayed(values: Floats, decay: float) -> tuple[Floats, Floats]:

@@ -113,7 +113,7 @@ def trace(
 
 
 def marks(
-    x: Sequence[float | None], y: Sequence[float], texts: Sequence[str], name: str, symbol: str, colour: str
+    x: Sequence[float], y: Sequence[float], texts: Sequence[str], name: str, symbol: str, colour: str
 ) -> dict[str, Any]:
     """Return marks with a label each; ``texts`` must be escaped already."""
     return {
@@ -135,22 +135,18 @@ def edge_marks(line: Line, high: float, colour: str, at: float = 1.0) -> list[di
     A stretch of non-finite values gets a cross at its first step and a bar to its last; a stretch above
     ``high`` gets an arrow at its peak.
     """
-    out = []
+    out: list[dict[str, Any]] = []
     lost = curves.stretches(~np.isfinite(line.values))
     if lost:
         ends = [(int(line.steps[run[0]]), int(line.steps[run[-1]])) for run in lost]
         first = [number(float(line.values[run[0]])) for run in lost]
         texts = [f"step {steps_text(*end)}: {value}" for end, value in zip(ends, first, strict=True)]
-        cross = marks(
-            [x for end in ends for x in (*end, None)],
-            [at] * (3 * len(ends)),
-            [t for text in texts for t in (text, text, "")],
-            "NaN or infinite",
-            "x-thin",
-            colour,
-        )
-        cross["marker"] |= {"size": [10, 0, 0] * len(ends)}
-        out.append({**cross, "mode": "lines+markers", "line": {"color": colour, "width": 3}, "yaxis": "y2"})
+        cross = marks([e[0] for e in ends], [at] * len(ends), texts, "NaN or infinite", "x-thin", colour)
+        cross["marker"]["line"]["width"] = 2.5
+        bar = trace(Line(np.empty(0), np.empty(0)), "", colour, width=3)
+        bar |= {"x": [x for end in ends for x in (*end, None)], "y": [at] * (3 * len(ends))}
+        out += [{**bar, "yaxis": "y2", "showlegend": False, "hoverinfo": "skip"}, {**cross, "yaxis": "y2"}]
+        out[0].pop("hovertemplate")
     above = curves.stretches(np.isfinite(line.values) & (line.values > high))
     if above:
         peaks = [int(run[line.values[run].argmax()]) for run in above]
@@ -165,7 +161,10 @@ def fault_marks(faults: Sequence[Fault]) -> list[dict[str, Any]]:
     """Return a mark with a label at the bottom edge for every injected fault."""
     if not faults:
         return []
-    texts = [hover(f"injected on purpose: {f.name}", f"step {steps_text(f.first, f.last)}") for f in faults]
+    texts = [
+        hover(f"injected on purpose: {f.name.replace('_', ' ')}", f"step {steps_text(f.first, f.last)}")
+        for f in faults
+    ]
     x = [(f.first + f.last) / 2 for f in faults]
     mark = marks(x, [0.02] * len(x), texts, "injected fault", "triangle-up", "$fault")
     return [{**mark, "yaxis": "y2"}]
@@ -266,7 +265,7 @@ def _validation(records: Sequence[Record]) -> list[dict[str, Any]]:
         return []
     texts = [f"step {s:,.0f}: validation loss {number(float(v), 4)}" for s, v in _pairs(points)]
     mark = marks(whole(points.steps), rounded(points.values), texts, "validation", "circle", "$eval")
-    mark["marker"] = {**mark["marker"], "size": 7}
+    mark["marker"]["size"] = 7 if len(points) <= 100 else 3
     return [mark]
 
 
@@ -315,7 +314,7 @@ def incident_label(one: Incident) -> str:
         one.message,
         f"guard: {action_text(one)}",
         f"why: {one.reason}" if one.reason else "",
-        f"injected on purpose: {one.injected}" if one.injected else "",
+        f"injected on purpose: {one.injected.replace('_', ' ')}" if one.injected else "",
     )
 
 

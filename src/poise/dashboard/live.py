@@ -52,8 +52,9 @@ class _Output:
 
             self._live.console.print(Text(text))
             return
+        encoding = getattr(self._out, "encoding", None) or "utf-8"
         with contextlib.suppress(OSError, ValueError):  # a closed pipe must not end a run
-            self._out.write(text + "\n")
+            self._out.write(text.encode(encoding, "replace").decode(encoding) + "\n")
             self._out.flush()
 
     def clear(self) -> None:
@@ -84,7 +85,13 @@ class _Output:
             from rich.live import Live
         except ImportError:
             return None
-        live = Live(face, console=Console(file=self._out, force_terminal=True), refresh_per_second=8)
+        live = Live(
+            face,
+            console=Console(file=self._out, force_terminal=True),
+            refresh_per_second=8,
+            redirect_stdout=sys.stdout.isatty(),  # what goes to a file must still go there
+            redirect_stderr=sys.stderr.isatty(),
+        )
         live.start()
         return live
 
@@ -140,6 +147,7 @@ class Display:
         self._clock = clock
         self._last_line = 0.0
         self._printed = -1
+        self._closed = False
         self._now = _Reading()
         self._output = _Output(out, tty, _Face(self._bar_parts, lambda: self._now.cells()))
 
@@ -176,6 +184,9 @@ class Display:
 
     def close(self) -> None:
         """Leave the last state on the screen; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
         if not self._output.live and self._now.step > 0 and self._printed != self._now.step:
             self._print_line()
         self._output.close()
@@ -241,7 +252,7 @@ class Bar:
         self._began = self._last_line = clock()
         self._output = _Output(out, tty, _Face(self._bar_parts, list))
         if not self._output.live:
-            self._output.print(f"{stage} …" if not total else f"{stage}: {self._amount(total)} …")
+            self._output.print(f"{stage} ..." if not total else f"{stage}: {self._amount(total)} ...")
 
     def update(self, done: float, total: float | None = None) -> None:
         """Show that ``done`` is behind us; ``total`` replaces the total given before."""
@@ -323,8 +334,8 @@ class _Face:
         end = f" {amount}{percent}" + (f"  {tail}" if tail else "")
         width = min(40, options.max_width - len(head) - len(end))
         line = Text(head)
-        if width >= 8:
-            filled = round((share or 0.0) * width)
+        if share is not None and width >= 8:
+            filled = round(share * width)
             block, rest = ("━", "━") if options.encoding.startswith("utf") else ("#", "-")
             line.append(block * filled, style="cyan").append(rest * (width - filled), style="bright_black")
         line.append(end)

@@ -99,7 +99,7 @@ _SCRIPT: Final = """
     out.paper_bgcolor = out.plot_bgcolor = "rgba(0,0,0,0)";
     out.font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("ink") };
     out.hoverlabel = { bgcolor: css("panel"), bordercolor: css("rule"), align: "left",
-      font: { color: css("ink"), size: 13 } };
+      font: { family: out.font.family, color: css("ink"), size: 13 } };
     out.xaxis = Object.assign(axis(), out.xaxis);
     out.yaxis = Object.assign(axis(), out.yaxis);
     out.autosize = true;

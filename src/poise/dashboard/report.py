@@ -121,7 +121,7 @@ def _guard_section(page: Page, summary: Summary) -> None:
     if injected:
         head.insert(2, "Injected")
         for row, one in zip(rows, found, strict=False):
-            row.insert(2, one.injected)
+            row.insert(2, one.injected.replace("_", " "))
     page.table(head, rows, wide=["Reason"], tag="Injected")
     if len(found) > ROWS:
         page.paragraph(f"{len(found) - ROWS:,} more are in journal.jsonl.", "soft")

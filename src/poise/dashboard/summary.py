@@ -163,7 +163,7 @@ def action_text(incident: Incident) -> str:
 
 
 def render_text(summary: Summary, run_dir: Path, next_commands: Sequence[str] = ()) -> str:
-    """Return the end-of-run summary for a terminal: plain text, no colours, every line short enough to read.
+    """Return the end-of-run summary for a terminal: plain ASCII where the journal is, no colours.
 
     Args:
         summary: the figures.
@@ -172,7 +172,7 @@ def render_text(summary: Summary, run_dir: Path, next_commands: Sequence[str] = 
     """
     lines = [outcome(summary) + (f": {summary.message}" if summary.message else ".")]
     rows = [
-        ("loss", f"{number(summary.loss_first)} → {number(summary.loss_last)}"),
+        ("loss", f"{number(summary.loss_first)} -> {number(summary.loss_last)}"),
         ("validation", _validation(summary)),
         ("tokens", f"{count(summary.tokens)} at {count(summary.tokens_per_s)} tokens/s"),
         ("time", duration(summary.wall_s) + _productive_text(summary)),
@@ -197,10 +197,10 @@ def _guard_lines(summary: Summary) -> list[str]:
     if not summary.incidents:
         return [f"  {'guard':<11} no event"]
     facts = [plural(summary.events, "event")]
-    facts += [f"{n:,} × {name.replace('_', ' ')}" for name, n in summary.actions]
+    facts += [f"{n:,} x {name.replace('_', ' ')}" for name, n in summary.actions]
     lines = [f"  {'guard':<11} {', '.join(facts)}"]
     for one in summary.incidents[:SHOWN_INCIDENTS]:
-        times = f" ({one.count:,} ×)" if one.count > 1 else ""
+        times = f" ({one.count:,} x)" if one.count > 1 else ""
         reading = f", {one.signal} {number(one.value)}" if one.signal and one.value is not None else ""
         expected = f" (expected {number(one.expected)})" if reading and one.expected is not None else ""
         injected = ", injected" if one.injected else ""

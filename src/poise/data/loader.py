@@ -1,10 +1,10 @@
 """Batches from prepared data: a batch is a pure function of (seed, sample number).
 
 Documents stand end to end, each followed by the end of text; sequence k is tokens k*T .. k*T + T, so that
-consecutive sequences share one token and no target falls between them; only the last, incomplete sequence of a split is
-left out. Sample number n is sequence ``order(n mod S)`` of epoch ``n // S``, where ``order`` is a permutation
-of that epoch. Resuming needs the number of the next sample and nothing else, and any sample can be traced to
-its documents later.
+consecutive sequences share one token and no target falls between them; only the last, incomplete sequence of
+a split is left out. Sample number n is sequence ``order(n mod S)`` of epoch ``n // S``, where ``order`` is a
+permutation of that epoch. Resuming needs the number of the next sample and nothing else, and any sample can
+be traced to its documents later.
 
 Shape letters: B sequences in a batch, T positions in a sequence, S sequences in an epoch.
 """

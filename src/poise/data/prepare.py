@@ -86,7 +86,7 @@ class Prepared:
 
 def prepare(
     source: str,
-    out: Path,
+    out: Path | None = None,
     *,
     vocab_size: int = 8192,
     tokenizer: str | None = None,
@@ -97,6 +97,7 @@ def prepare(
 ) -> Prepared:
     """Turn ``source`` into prepared data at ``out``; other arguments as in ``Settings``.
 
+    Without ``out`` the place is ``default_dir``, so that the same text with the same settings is prepared once.
     A source that is itself a folder of prepared data is opened and ``out`` is not used. The held-out part
     has at least one document if there are two different ones; a source with a single text has no held-out
     part. Equal texts are always on the same side.
@@ -109,7 +110,7 @@ def prepare(
     if source != sources.STDLIB and store.is_prepared(Path(source).expanduser()):
         opened = store.open_tokens(source)
         return Prepared(opened.dir, opened.manifest, True)
-    out = Path(out).expanduser().absolute()
+    out = default_dir(source, settings) if out is None else Path(out).expanduser().absolute()
     found = sources.resolve(source)
     given = load(tokenizer) if tokenizer is not None else None
     key = _fingerprint(found, settings, given)

@@ -32,11 +32,13 @@ class Attempt:
     Attributes:
         start: the step it resumed from, 0 for a fresh start.
         reached: the last step it is known to have finished; not followed once it is healthy.
+        healthy: it finished more than a few steps, or saved a checkpoint.
         end: ``clean``, the name of an error, or ``killed`` as long as nothing else is known.
     """
 
     start: int
     reached: int
+    healthy: bool = False
     end: str = KILLED
 
 
@@ -50,21 +52,27 @@ class Attempts:
         self.deaths = deaths
         self._attempts = self._read()
 
+    @property
+    def start(self) -> int:
+        """The step from which the present attempt resumed."""
+        return self._attempts[-1].start if self._attempts else 0
+
     def begin(self, start: int) -> None:
         """Note that a process starts (or starts again) from the checkpoint of step ``start``."""
         self._attempts = [*self._read(), Attempt(start, start)][-_KEPT:]
         self._write(sync=True)
 
-    def note_progress(self, step: int) -> bool:
-        """Note a finished step; return True once, when the attempt turns out healthy.
+    def note_progress(self, step: int, saved: bool = False) -> bool:
+        """Note a finished (or saved) step; return True once, when the attempt turns out healthy.
 
         Costs a small write in the first ``grace`` + 1 steps of an attempt and nothing after.
         """
-        if not self._attempts or self._healthy(self._attempts[-1]):
+        if not self._attempts or self._attempts[-1].healthy:
             return False
-        self._attempts[-1] = replace(self._attempts[-1], reached=step)
+        healthy = saved or step > self._attempts[-1].start + self.grace
+        self._attempts[-1] = replace(self._attempts[-1], reached=step, healthy=healthy)
         self._write()
-        return self._healthy(self._attempts[-1])
+        return healthy
 
     def end(self, how: str = CLEAN) -> None:
         """Note how the attempt ended: ``clean``, or the name of an error."""
@@ -80,24 +88,18 @@ class Attempts:
         """
         dead: list[Attempt] = []
         for attempt in reversed(self._read()):
-            if attempt.end == CLEAN or self._healthy(attempt):
-                break
-            if dead and (attempt.start, attempt.end) != (dead[0].start, dead[0].end):
+            same = not dead or (attempt.start, attempt.end) == (dead[0].start, dead[0].end)
+            if attempt.end == CLEAN or attempt.healthy or not same:
                 break
             dead.append(attempt)
         if not dead:
             return None
         start = dead[0].start
-        # A walk back is under way while attempts start below the newest checkpoint: stay at this one
-        # until it has had its chances.
-        blamed = len(dead) >= self.deaths
-        older = [step for step in steps if step < start]
-        if not blamed:
-            return start if any(step > start for step in steps) and start in steps else None
-        return start - 1 if older else None
-
-    def _healthy(self, attempt: Attempt) -> bool:
-        return attempt.reached > attempt.start + self.grace
+        if len(dead) >= self.deaths:
+            return start - 1 if any(step < start for step in steps) else None
+        # A newer checkpoint beside an attempt that proved nothing: the walk back is under way, and
+        # this checkpoint has a chance left.
+        return start if start in steps and start != max(steps) else None
 
     def _read(self) -> list[Attempt]:
         try:

@@ -4,7 +4,7 @@
 the disk. Anything after the number is something else:
 
 - ``.partial-PID``: being written, or what a dead process left; removed at the next start.
-- ``.replaced-PID``: the former holder of the name, while its successor takes it over; put back if that failed.
+- ``.replaced-PID``: the former holder of the name, until its successor has it; put back if that failed.
 - ``.abandoned``: newer than the point a run went back to; removed after the next save.
 - ``.damaged``: refused at a load; kept for a look, the newest only.
 """
@@ -93,20 +93,17 @@ def set_aside(folder: Path, why: str) -> Path | None:
     return aside
 
 
-def prune(root: Path, keep_last: int, keep_best: int) -> None:
-    """Remove all but the newest ``keep_last`` and the ``keep_best`` with the lowest metric.
+def prune(root: Path, newest: int, keep_last: int, keep_best: int) -> None:
+    """Of the steps up to ``newest``, keep the last ``keep_last`` and the ``keep_best`` of lowest metric.
 
     Removes earlier abandoned folders too, and all damaged ones but the newest. A folder that will not go
     is a warning: the next save tries again.
     """
-    present = steps(root)
-    keep = set(present[-keep_last:])
-    if keep_best:
-        measured = [(metric, -step) for step in present if (metric := _metric(folder_of(root, step))) is not None]
-        keep |= {-negative for _, negative in sorted(measured)[:keep_best]}
-    doomed = [folder_of(root, step) for step in present if step not in keep]
-    doomed += [root / name for name, _, kind in _others(root) if kind == "abandoned"]
-    doomed += [root / name for name, _, kind in _others(root) if kind == "damaged"][:-1]
+    try:
+        doomed = _doomed(root, newest, keep_last, keep_best)
+    except OSError as error:
+        _LOG.warning("cannot look for old checkpoints: %s", error.strerror or error)
+        return
     for folder in doomed:
         try:
             if _COMMITTED.fullmatch(folder.name):  # half removed, it must not look like a damaged checkpoint
@@ -115,6 +112,20 @@ def prune(root: Path, keep_last: int, keep_best: int) -> None:
             shutil.rmtree(folder)
         except OSError as error:
             _LOG.warning("cannot remove the old checkpoint %s: %s", folder.name, error.strerror or error)
+
+
+def _doomed(root: Path, newest: int, keep_last: int, keep_best: int) -> list[Path]:
+    present = [step for step in steps(root) if step <= newest]
+    keep = set(present[-keep_last:])
+    if keep_best:
+        measured = [
+            (metric, -step) for step in present if (metric := _metric(folder_of(root, step))) is not None
+        ]
+        keep |= {-negative for _, negative in sorted(measured)[:keep_best]}
+    doomed = [folder_of(root, step) for step in present if step not in keep]
+    doomed += [root / name for name, _, kind in _others(root) if kind == "abandoned"]
+    doomed += [root / name for name, _, kind in _others(root) if kind == "damaged"][:-1]
+    return doomed
 
 
 def sync_folder(folder: Path) -> None:

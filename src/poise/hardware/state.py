@@ -8,14 +8,12 @@ tuples, and Python floats keep every digit. A node of the description is a plain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-from poise.core.errors import UserError
 
 Node = Any
 SEPARATOR: Final = "/"
@@ -37,7 +35,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Node]:
     return tensors, node
 
 
-def unflatten(node: Node, tensors: Mapping[str, Tensor]) -> Any:
+def unflatten(node: Node, tensors: Mapping[str, Any]) -> Any:
     """Rebuild the nested state that ``flatten`` described, with the given tensors in it."""
     if not isinstance(node, dict):
         return node
@@ -68,7 +66,9 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Node:
     if isinstance(value, list | tuple):
         items = [_flatten(inner, _join(path, i), tensors) for i, inner in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
-    raise TypeError(f"state '{path}' is a {type(value).__name__}; a checkpoint holds tensors and plain values")
+    raise TypeError(
+        f"state '{path}' is a {type(value).__name__}; a checkpoint holds tensors and plain values"
+    )
 
 
 def _join(path: str, key: str | int) -> str:
@@ -143,9 +143,6 @@ def optimizer_targets(
         optimizer: where the state will go.
         saved: name to (shape, dtype name) of the tensors in the checkpoint.
         prefix: what the names of this optimizer's tensors begin with, e.g. ``optimizer``.
-
-    Raises:
-        UserError: the checkpoint has moments for a parameter that this optimizer does not have.
     """
     present, _ = flatten({prefix: optimizer.state_dict()})
     own = parameters(optimizer)
@@ -157,13 +154,21 @@ def optimizer_targets(
             targets[name] = present[name]
             continue
         index = int(name.split(SEPARATOR)[2])
-        if index >= len(own):
-            raise UserError(
-                f"checkpoint is from another recipe: it has moments of parameter {index}, "
-                f"but this optimizer has {len(own)} parameters"
-            )
         targets[name] = _moment_like(own[index], tuple(shape), dtype_named(dtype))
     return targets
+
+
+def optimizer_mismatch(node: Node, names: Iterable[str], optimizer: torch.optim.Optimizer) -> str | None:
+    """Return in words why a packed state (description, tensor names) is of another optimizer, or None."""
+    saved = unflatten(node, dict.fromkeys(names))
+    own_class = type(optimizer).__name__
+    if saved.get("optimizer_class") != own_class:
+        return f"its optimizer is {saved.get('optimizer_class')}, here it is {own_class}"
+    there = [len(group["params"]) for group in saved["optimizer"]["param_groups"]]
+    here = [len(group["params"]) for group in optimizer.param_groups]
+    if there != here:
+        return f"its optimizer has parameter groups of {there} parameters, here they have {here}"
+    return None
 
 
 def _moment_like(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -184,20 +189,21 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def first_mismatch(
-    saved: Mapping[str, tuple[Sequence[int], str]], targets: Mapping[str, Tensor], shown: Callable[[str], str] = str
+    saved: Mapping[str, tuple[Sequence[int], str]],
+    targets: Mapping[str, Tensor],
 ) -> str | None:
     """Return in words the first difference between saved and wanted tensors, or None."""
     for name, tensor in targets.items():
         if name not in saved:
-            return f"'{shown(name)}' is not in it"
+            return f"'{name}' is not in it"
         shape, dtype = saved[name]
         if tuple(shape) != tuple(tensor.shape):
-            return f"'{shown(name)}' is {_size(shape)} there and {_size(tensor.shape)} here"
+            return f"'{name}' is {_size(shape)} there and {_size(tensor.shape)} here"
         if dtype != (here := str(tensor.dtype).removeprefix("torch.")):
-            return f"'{shown(name)}' is {dtype} there and {here} here"
+            return f"'{name}' is {dtype} there and {here} here"
     for name in saved:
         if name not in targets:
-            return f"it has '{shown(name)}', which is not wanted here"
+            return f"it has '{name}', which is not wanted here"
     return None
 
 

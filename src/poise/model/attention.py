@@ -13,9 +13,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from poise.model.place import Place
 
 MATMUL_UP_TO = {torch.bfloat16: 512, torch.float32: 0}
-"""Longest sequence for which plain matrix products beat ``scaled_dot_product_attention`` on a CPU, by dtype.
+"""Longest sequence for which plain matrix products are used on a CPU, by dtype.
 
-Measured by ``benchmarks/attention_switch.py``; the result is in ``benchmarks/results/attention_switch.txt``.
+Measured by ``benchmarks/attention_switch.py`` (result in ``benchmarks/results/attention_switch.txt``): in
+bf16 matrix products are faster up to 768, but at 768 by little and with T² memory; in fp32 the two are even
+at 64 and the fused kernel wins from 128 on.
 """
 
 
@@ -29,7 +31,7 @@ def use_matmul(seq_len: int, dtype: torch.dtype, device_type: str) -> bool:
 
 
 def matmul_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-    """Causal softmax attention that holds the (B, H, T, T) scores; keys and values are never copied per head."""
+    """Causal softmax attention that holds the (B, H, T, T) scores; no copy of keys and values per head."""
     B, H, T, K = q_BHTK.shape
     G = k_BGTK.shape[1]
     # The query heads that share a key head are stacked along the rows of one product.
@@ -48,7 +50,7 @@ def fused_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
 
 
 class SoftmaxScores(nn.Module):
-    """The default ``scores`` slot: ``softmax(q kᵀ / √K) v`` over the past (Vaswani et al. 2017, arXiv 1706.03762)."""
+    """The default ``scores`` slot: causal ``softmax(q kᵀ / √K) v`` (Vaswani et al. 2017, 1706.03762)."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()
@@ -72,6 +74,8 @@ class Rope(nn.Module):
         self.theta, self.seq_len, self.head_dim = spec.rope_theta, spec.seq_len, spec.head_dim
         # A function of the spec, so it is not saved; filled after a meta-device build by ``fill_buffers``.
         shape = (self.seq_len, self.head_dim // 2)
+        self.cos_TK: Tensor
+        self.sin_TK: Tensor
         self.register_buffer("cos_TK", torch.empty(shape), persistent=False)
         self.register_buffer("sin_TK", torch.empty(shape), persistent=False)
 
@@ -85,7 +89,10 @@ class Rope(nn.Module):
 
     def forward(self, x_BHTK: Tensor) -> Tensor:
         T = x_BHTK.shape[2]
-        out: Tensor = _Rotate.apply(x_BHTK, self.cos_TK[:T], self.sin_TK[:T])
+        cos_TK, sin_TK = self.cos_TK[:T], self.sin_TK[:T]
+        if torch.compiler.is_compiling():
+            return _rotate(x_BHTK, cos_TK, sin_TK)
+        out: Tensor = _Rotate.apply(x_BHTK, cos_TK, sin_TK)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -46,7 +46,7 @@ def build(
 
 
 def apply(spec: Spec, *names: str) -> Spec:
-    """Return ``spec`` with methods applied in order, e.g. ``apply(spec, "qk_norm", "z_loss:coefficient=1e-5")``.
+    """Return ``spec`` with methods applied in order: ``apply(spec, "qk_norm", "z_loss:coefficient=1e-5")``.
 
     Raises:
         UserError: an unknown method or setting.

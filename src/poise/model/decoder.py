@@ -5,6 +5,8 @@ Shapes: B batch, T positions, D width, V vocabulary, N = B·T rows.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,7 +86,9 @@ class Decoder(nn.Module):
         """Return the final hidden states (B, T, D) in the compute dtype."""
         T = inputs_BT.shape[1]
         if self.spec.seq_len < T:
-            raise UserError(f"a sequence of {T} tokens is longer than the model's seq_len {self.spec.seq_len}")
+            raise UserError(
+                f"a sequence of {T} tokens is longer than the model's seq_len {self.spec.seq_len}"
+            )
         x_BTD = self.embed_out(self.embedding(inputs_BT)).to(self.compute_dtype)
         out: Tensor = self._taps["final"](self.trunk(self._taps["embed"](x_BTD)))
         return out
@@ -102,20 +106,20 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def roles(self) -> dict[str, str]:
-        """Return the role of every parameter: ``embedding``, ``head``, ``norm``, ``qkv``, ``attn_out``, ..."""
+        """Return the role of every parameter by name: ``embedding``, ``norm``, ``qkv``, ``attn_out``, ..."""
         return roles_of(self)
 
     def taps(self) -> dict[str, nn.Module]:
         """Return the places to listen to, by name: identity modules to put a forward hook on.
 
-        Names are ``embed``, ``block.<0-based number>.<place>`` and ``final``; the page of this room lists them.
+        Names are ``embed``, ``block.<0-based number>.<place>`` and ``final``; ``docs/model.md`` lists them.
         """
         found = {"embed": self._taps["embed"]}
-        for number, block in enumerate(self.trunk.blocks):
+        for number, block in enumerate(cast(list[Any], self.trunk.blocks)):
             for owner in (block.attn, block.mlp, block):
                 found |= {f"block.{number}.{name}": tap for name, tap in owner.taps.items()}
         return found | {"final": self._taps["final"]}
 
     def compile_trunk(self) -> None:
-        """Compile the trunk in place; names of parameters do not change. Put hooks on taps before, not after."""
+        """Compile the trunk in place; names of parameters do not change. Hook taps before, not after."""
         self.trunk.compile(fullgraph=True, dynamic=False)

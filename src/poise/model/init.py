@@ -1,6 +1,7 @@
 """Starting values by role of a parameter, each parameter from a random stream of its own name.
 
-A parameter's values depend on (seed, its name) only: adding a module or a method leaves the others as they were.
+A parameter's values depend on (seed, its name) only: adding a module or a method leaves
+the others as they were.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class DefaultInit:
 class SmallInit:
     """``sqrt(2 / (5 D))`` everywhere, residual outputs times ``1 / sqrt(2 N)``.
 
-    Nguyen and Salazar 2019 (arXiv 1910.05895); the vanilla initialisation of Takase et al. (arXiv 2312.16903).
+    Nguyen and Salazar 2019 (arXiv 1910.05895); the vanilla initialisation of Takase et al.
+    (arXiv 2312.16903).
     """
 
     def __init__(self, place: Place) -> None:
@@ -82,8 +84,9 @@ def initialise(model: nn.Module, init: Init, seed: int) -> None:
             else:
                 param.copy_(_normal(param.shape, init.std(roles[name]), derive(seed, "init", name)))
         for module in model.modules():
-            if hasattr(module, "fill_buffers"):
-                module.fill_buffers()
+            fill = getattr(module, "fill_buffers", None)
+            if fill is not None:
+                fill()
 
 
 def roles_of(model: nn.Module) -> dict[str, str]:

@@ -6,7 +6,8 @@ FSDP2's mixed precision does too. Statistics of norms are taken in fp32.
 A module that owns parameters says what each is in ``param_roles`` (local name -> role); a parameter that
 starts as a constant says so in ``param_fill``.
 
-Shapes: ... any, D last dimension, O output features, V vocabulary, B batch, T positions, H heads, K head width.
+Shapes: ... any, D last dimension, O output features, V vocabulary, B batch, T positions,
+H heads, K head width.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class RMSNorm(nn.Module):
         self.param_fill = {"weight": 1.0}
 
     def forward(self, x_D: Tensor) -> Tensor:
-        out: Tensor = _RMSNorm.apply(x_D, self.weight, self.eps)
+        if torch.compiler.is_compiling():  # the compiler fuses, and chooses what to keep, by itself
+            return _rms_norm(x_D, self.weight, self.eps)[0]
+        out: Tensor = _RMSNorm.apply(x_D, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -86,14 +89,13 @@ class LayerNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm with its own backward: it keeps x as it came and one fp32 number a row, not fp32 copies of x."""
+    """RMSNorm with its own backward: it keeps x as it came and one fp32 number a row, no fp32 copy of x."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x_D: Tensor, gain_D: Tensor, eps: float) -> Tensor:
-        x32_D = _at_least_fp32(x_D)
-        scale_1 = torch.rsqrt(x32_D.square().mean(-1, keepdim=True) + eps)
+        out_D, scale_1 = _rms_norm(x_D, gain_D, eps)
         ctx.save_for_backward(x_D, gain_D, scale_1)
-        return (x32_D * scale_1).mul_(gain_D).to(x_D.dtype)
+        return out_D
 
     @staticmethod
     @once_differentiable
@@ -106,6 +108,12 @@ class _RMSNorm(torch.autograd.Function):
         along_1 = (dunit_D * unit_D).mean(-1, keepdim=True)
         dx_D = dunit_D.sub_(unit_D.mul_(along_1)).mul_(scale_1)
         return dx_D.to(x_D.dtype), dgain_D.to(gain_D.dtype), None
+
+
+def _rms_norm(x_D: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x32_D = _at_least_fp32(x_D)
+    scale_1 = torch.rsqrt(x32_D.square().mean(-1, keepdim=True) + eps)
+    return (x32_D * scale_1 * gain_D).to(x_D.dtype), scale_1
 
 
 class Same(nn.Module):

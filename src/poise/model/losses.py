@@ -1,10 +1,11 @@
 """Output head and cross-entropy together, a few rows at a time.
 
-The (rows, V) logits of a whole batch are the largest tensor of a small model's step. Here they exist one chunk
-at a time: the forward pass computes a chunk's logits, its loss and at once its share of the gradients
-of the hidden states and of the head, and the chunk is forgotten. The backward pass only scales.
+The (rows, V) logits of a whole batch are the largest tensor of a small model's step. Here they exist one
+chunk at a time: the forward pass computes a chunk's logits, its loss and at once its share of the
+gradients of the hidden states and of the head, and the chunk is forgotten. The backward pass only scales.
 
-Shapes: N rows (all positions of a micro-batch), C rows of one chunk, D width, V vocabulary, 1 a kept dimension.
+Shapes: N rows (all positions of a micro-batch), C rows of one chunk, D width, V vocabulary,
+1 a kept dimension.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def chunked_cross_entropy(
         hidden_ND: final hidden states, in the compute dtype.
         weight_VD: the head; cast to the dtype of ``hidden_ND``; its gradient is summed in fp32.
         targets_N: int64 ids; ``IGNORE`` where a row does not count.
-        terms: modules ``log_z_C -> value_C``; the mean of each over counted rows is added to the loss.
+        terms: modules without parameters ``log_z_C -> value_C``; the mean of each over counted rows is
+            added to the loss.
         transform: parameter-free elementwise module on the logits (in fp32), or ``None``.
         chunk_bytes: budget for one chunk's fp32 logits; by default ``CHUNK_BYTES`` of the device.
 
@@ -78,7 +80,7 @@ def chunked_cross_entropy(
         transform = None
     budget = chunk_bytes or CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cuda"])
     rows = chunk_rows(weight_VD.shape[0], budget)
-    loss, ce, log_z, *term_means, token_N = _ChunkedCrossEntropy.apply(
+    loss, ce, log_z, *term_means, token_N = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, targets_N, tuple(terms), transform, rows, torch.is_grad_enabled()
     )
     return loss, ce, log_z, tuple(term_means), token_N
@@ -107,20 +109,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             valid_C1, target_C1 = valid_N[at, None], safe_N[at, None]
             logits_CV, pull = _transformed(work.logits(at), transform)
             target_logit_C1 = logits_CV.gather(1, target_C1)
-            probs_CV, log_z_C1 = _softmax(logits_CV)
-            ce_C1 = (log_z_C1 - target_logit_C1) * valid_C1
+            probs_CV, top_C1, log_sum_C1 = _softmax(logits_CV)
+            log_z_C1 = top_C1 + log_sum_C1
+            ce_C1 = (top_C1 - target_logit_C1 + log_sum_C1) * valid_C1  # no large numbers cancel
             values, slope_C1 = _terms(terms, log_z_C1)
             token_N[at] = ce_C1[:, 0]
             sums += torch.stack([(value * valid_C1).sum() for value in (log_z_C1, *values)])
             if work.wants_grad:
-                # d loss / d logits = softmax (1 + slope) - onehot. At the target the two are joined with expm1:
-                # where the model is sure of it, 1 - p is what is left of two nearly equal numbers.
+                # d loss / d logits = softmax (1 + slope) - onehot. At the target the two are joined with
+                # expm1: where the model is sure of it, 1 - p is what is left of two nearly equal numbers.
                 at_target_C1 = valid_C1 * (slope_C1 * torch.exp(-ce_C1) + torch.expm1(-ce_C1))
                 dlogits_CV = probs_CV.mul_(valid_C1 * (1 + slope_C1)).scatter_(1, target_C1, at_target_C1)
                 work.add_gradients(at, pull(dlogits_CV))
         count = valid_N.sum().clamp(min=1).to(work.exact)
         ce, means = token_N.sum() / count, sums / count
-        ctx.save_for_backward(count, work.dhidden_ND, work.dweight_VD)
+        ctx.save_for_backward(count, work.dhidden_ND, work.dweight_VD)  # type: ignore[arg-type]
         ctx.weight_dtype = weight_VD.dtype  # type: ignore[attr-defined]
         loss = ce + means[1:].sum()
         log = (ce, *means.unbind(), token_N)
@@ -142,7 +145,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 class _Work:
     """Buffers that all chunks share, and the two gradients they add up."""
 
-    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, rows: int, grad_hidden: bool, grad_weight: bool) -> None:
+    def __init__(
+        self, hidden_ND: Tensor, weight_VD: Tensor, rows: int, grad_hidden: bool, grad_weight: bool
+    ) -> None:
         self.hidden_ND, self.weight_VD = hidden_ND, weight_VD.to(hidden_ND.dtype)
         self.exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         self.wants_grad = grad_hidden or grad_weight
@@ -161,7 +166,7 @@ class _Work:
         return self.wide_CV[: len(hidden_CD)].copy_(raw_CV) if self.narrow else raw_CV
 
     def add_gradients(self, at: slice, dlogits_CV: Tensor) -> None:
-        """Turn a chunk's logit gradient into its part of both gradients (not yet divided by the row count)."""
+        """Turn a chunk's logit gradient into its part of both gradients, not yet divided by the count."""
         hidden_CD = self.hidden_ND[at]
         if self.narrow:
             dlogits_CV = self.raw_CV[: len(hidden_CD)].copy_(dlogits_CV)
@@ -173,16 +178,16 @@ class _Work:
             self.dweight_VD.addmm_(dlogits_CV.t(), hidden_CD)
 
 
-def _softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (probabilities, log Z with a kept dimension); the logits' memory may be reused.
+def _softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return probabilities, m = max(logits) and log(sum(exp(logits - m))); the logits' memory may be reused.
 
-    The largest probability is exp(0) / sum(exp(logits - max)), so log Z needs no second pass of exponentials,
-    and it cannot underflow: that probability is at least 1 / V.
+    The largest probability is 1 / sum(exp(logits - m)), so the sum needs no second pass of exponentials, and
+    nothing underflows: that probability is at least 1 / V.
     """
     top_C1 = logits_CV.amax(-1, keepdim=True)
     in_place = logits_CV if logits_CV.device.type == "cpu" else None
     probs_CV = torch.softmax(logits_CV, -1, out=in_place)
-    return probs_CV, top_C1 - probs_CV.amax(-1, keepdim=True).log()
+    return probs_CV, top_C1, -probs_CV.amax(-1, keepdim=True).log()
 
 
 def _transformed(wide_CV: Tensor, transform: nn.Module | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -24,7 +24,8 @@ Builder = Callable[..., Any]
 
 
 def _branch_norm(place: Place) -> nn.Module:
-    return make("norm", place, place.spec.d_model)
+    module: nn.Module = make("norm", place, place.spec.d_model)
+    return module
 
 
 HOUSE: Final[Mapping[str, Mapping[str, Builder]]] = {

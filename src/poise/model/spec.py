@@ -68,7 +68,9 @@ class Part:
             raise UserError(f"a part needs a 'name', but got {dict(values)}; e.g. {{'name': 'none'}}")
         for key, value in rest.items():
             if not isinstance(value, str | int | float | bool):
-                raise UserError(f"field '{key}' of part '{name}' is {value!r}; give a string, number or boolean")
+                raise UserError(
+                    f"field '{key}' of part '{name}' is {value!r}; give a string, number or boolean"
+                )
         return cls.of(name, rest)
 
 
@@ -172,8 +174,8 @@ class Spec:
             )
         value = (*self.loss_terms, part) if slot == "loss_terms" else part
         methods = self.methods if method in self.methods else (*self.methods, method)
-        claims = (*self.claims, (key, method))
-        return replace(self, **{slot: value}, methods=methods, claims=claims)
+        changes: dict[str, Any] = {slot: value, "methods": methods, "claims": (*self.claims, (key, method))}
+        return replace(self, **changes)
 
     def diff(self, other: Spec) -> dict[str, tuple[Any, Any]]:
         """Return ``{field: (here, there)}`` for every field that differs."""
@@ -189,9 +191,9 @@ class Spec:
             if isinstance(value, Part):
                 value = value.to_dict()
             elif f.name == "loss_terms":
-                value = [part.to_dict() for part in value]
+                value = {part.name: dict(part.fields) for part in value}
             elif f.name == "claims":
-                value = dict(value)
+                value = [list(pair) for pair in value]
             elif isinstance(value, tuple):
                 value = list(value)
             out[f.name] = value
@@ -235,9 +237,9 @@ SLOTS: Final = (
 def _read(key: str, value: Any, kind: Any) -> Any:
     """Return one value of a mapping as the field ``key`` holds it."""
     if key == "claims":
-        return tuple(dict(value).items())
+        return tuple((slot, method) for slot, method in value)
     if key == "loss_terms":
-        return tuple(Part.from_dict(part) for part in value)
+        return tuple(Part.from_dict({"name": name, **fields}) for name, fields in value.items())
     if key == "methods":
         return tuple(value)
     if key in SLOTS:

@@ -1,19 +1,15 @@
-"""Facts about a whole gradient, computed once, on the device, right for sharded tensors.
-
-Shape letters: none; every fact is a 0-dim tensor.
-"""
+"""Facts about a whole gradient, computed once, on the device, right for sharded tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from poise.core.errors import UserError
-
-Parameters = Sequence[Tensor]
 
 
 def global_norm(grads: Iterable[Tensor]) -> Tensor:
@@ -49,14 +45,14 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
 class NormCache:
     """The norm of the present gradients, computed when first asked for and again only when they changed.
 
-    Replaced gradients and in-place changes (another backward pass, another clipper) are seen by the tensors'
-    version counters, which costs nothing on the device.
+    Replaced gradients and in-place changes (another backward pass, another clipper) are seen by identity and
+    version counter, which costs nothing on the device. Gradients are only weakly referenced. What changes
+    sharded gradients has to do so on all ranks alike, so that all of them measure again or none does.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[tuple[int, int], ...] | None = None
         self._norm: Tensor | None = None
-        self._grads: list[Tensor] = []
+        self._seen: list[tuple[TensorWeakRef, int]] = []
 
     def norm(self, params: Iterable[Tensor]) -> Tensor:
         """Return the global norm of the parameters' gradients.
@@ -64,20 +60,28 @@ class NormCache:
         Raises:
             UserError: a gradient is sparse.
         """
-        grads = [p.grad.detach() for p in params if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
         if any(grad.is_sparse for grad in grads):
-            raise UserError("a gradient is sparse, which no link can handle; build the embedding with sparse=False")
-        key = tuple((_storage(grad), grad._version) for grad in grads)
-        if self._norm is None or key != self._key:
-            self._key, self._norm = key, global_norm(grads)
-            self._grads = grads  # kept alive, so that a key cannot come to mean another tensor
+            raise UserError(
+                "a gradient is sparse, which no link can handle; build the embedding with sparse=False"
+            )
+        if self._norm is None or not self._same(grads):
+            self._norm = global_norm(grad.detach() for grad in grads)
+            self._seen = [(TensorWeakRef(grad), _version(grad)) for grad in grads]
         return self._norm
 
     def forget(self) -> None:
         """Drop the norm: the gradients were used or cleared."""
-        self._key, self._norm, self._grads = None, None, []
+        self._norm, self._seen = None, []
+
+    def _same(self, grads: list[Tensor]) -> bool:
+        return len(grads) == len(self._seen) and all(
+            ref() is grad and version == _version(grad)
+            for grad, (ref, version) in zip(grads, self._seen, strict=True)
+        )
 
 
-def _storage(grad: Tensor) -> int:
+def _version(grad: Tensor) -> int:
+    """Count the in-place changes; a sharded gradient is accumulated into through its local part."""
     local: Tensor = getattr(grad, "_local_tensor", grad)
-    return local.data_ptr()
+    return local._version

@@ -1,9 +1,9 @@
 """What a link of an optimizer chain is.
 
-A link works on one tensor at a time and is pure: ``update`` writes to none of its inputs except that it may put
-new tensors into ``state``. So a chain can throw a step away on the device, without asking the host, and can
-compile a link per tensor. What has to be known about the whole gradient is declared in ``needs`` and computed
-once for the chain.
+A link works on one tensor at a time and is pure: ``update`` writes to none of its inputs except that it may
+put new tensors into ``state``. So a chain can throw a step away on the device, without asking the host, and
+can compile a link per tensor. What has to be known about the whole gradient is declared in ``needs`` and
+computed once for the chain.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 Stage = Literal["gradient", "direction", "update", "weights"]
-"""Where a link stands in a chain: shape the gradient, choose the direction, shape the update, act on weights."""
+"""Where a link stands: shape the gradient, choose the direction, shape the update, act on weights."""
 
 STAGES: tuple[Stage, ...] = ("gradient", "direction", "update", "weights")
 
 FACTS = frozenset({"global_norm"})
-"""What a link may ask for in ``needs``. ``global_norm``: L2 norm of the whole gradient as the chain got it."""
+"""What a link may ask for: ``global_norm`` is the L2 norm of the whole gradient as the chain got it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ class Link(Protocol):
         """Return the new ``u``.
 
         Args:
-            u: the gradient or what earlier links made of it; for stage ``weights`` the weights as they would be
-                after the step. At least fp32.
+            u: the gradient or what earlier links made of it; for stage ``weights`` the weights as they
+                would be after the step. At least fp32.
             state: this tensor's state; entries may be replaced, never written to in place.
             p: the weights before the step, in the precision of ``u``.
             info: step number, rates and facts.

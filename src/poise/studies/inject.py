@@ -79,7 +79,7 @@ class Injector:
         if self._active("garbage_batch", number) is None:
             return clean
         generator = torch.Generator().manual_seed(derive(first, "garbage"))
-        vocab = self._run.fingerprint["model"]["vocab_size"]
+        vocab = self._run.model.spec.vocab_size
         tokens = torch.randint(vocab, (count, clean.inputs.shape[1] + 1), generator=generator)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), clean.samples)
 

@@ -16,7 +16,7 @@ UTILISATION = 0.4
 def budget(recipe: Recipe) -> dict[str, Any]:
     """Return sizes, token budget, memory and a time estimate. Nothing is allocated: the model is built on meta."""
     spec, config = recipe.spec(), recipe.train
-    device = distributed.device()
+    device = distributed.init().device
     counts = count(spec)
     model = build(spec, seed=recipe.seed, device="meta")
     built = sum(p.numel() for p in model.parameters())

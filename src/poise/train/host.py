@@ -23,8 +23,8 @@ class TrainHost:
         """
         run = self._run
         before = run.position
-        loaded = run.restore(at_most=at_most)
-        run.unpack(loaded.meta, after_rollback=True)
+        loaded = run.restore(at_most, after_rollback=True)
+        run.store.discard_after(loaded.step)
         dropped_first = run.position.next_sample
         if drop_data:
             run.position.next_sample = before.next_sample

@@ -98,11 +98,10 @@ def evaluate(run: Run) -> float | None:
 
 def save(run: Run) -> None:
     """Commit a checkpoint; a failure is journalled and shown, and training goes on with the older ones."""
-    tensors, meta = run.pack()
     step = run.position.step
     record: dict[str, Any]
     try:
-        saved = run.store.save(step, tensors, meta, metric=run.position.val_loss)
+        saved = run.save()
         record = {"path": saved.path.name, "seconds": round(saved.seconds, 3), "bytes": saved.bytes}
     except (SaveFailed, NonFiniteState) as error:
         record = {"path": "", "failed": str(error)}

@@ -15,6 +15,7 @@ from poise.guard.guard import GuardConfig
 from poise.model.methods import apply_methods
 from poise.model.spec import Spec
 from poise.optim.build import OptimConfig
+from poise.optim.schedules import lr_at
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name or set(self.name) & set('/\\:*?"<>|') or self.name.startswith("."):
             raise UserError(f"name is {self.name!r}; use letters, digits, '-' and '_', it names the run's folder")
+        lr_at(1, self.train.steps, self.optim.schedule)  # raises where warm-up and decay do not fit the budget
 
     @property
     def tokens_per_step(self) -> int:

@@ -102,8 +102,7 @@ def resume(
     check(recipe, tokens, world)
     run = assemble(recipe, folder, tokens, world, observers)
     if run.store.steps():
-        loaded = run.restore(at_most=run.store.resume_limit())
-        run.unpack(loaded.meta, after_rollback=False)
+        loaded = run.restore(run.store.resume_limit())
         for line in loaded.rejected:
             run.tell("on_note", line)
         reason, damaged = f"resumed from step {loaded.step}", loaded.rejected
@@ -157,14 +156,14 @@ def prepared(recipe: Recipe, progress: Progress | None, world: distributed.World
             progress=progress,
         )
         folder = done.dir
-    folder = Path(distributed.from_rank_0(str(folder)))
+    folder = Path(distributed.broadcast(str(folder)))
     return open_tokens(folder), recipe.replace("data", dir=str(folder.resolve()))
 
 
 def resolve(recipe: Recipe, tokens: Tokens) -> Recipe:
     """Replace every ``auto`` by what it means on this machine, so that a resumed run means the same."""
     config = recipe.train
-    device = distributed.device()
+    device = distributed.init().device
     dtype = precision.pick_dtype(config.dtype, device)
     compiled = config.compile
     if compiled == "auto":
@@ -183,10 +182,10 @@ def resolve(recipe: Recipe, tokens: Tokens) -> Recipe:
 
 def expected_seconds(recipe: Recipe, vocab_size: int) -> float:
     """Rough time of the run here: its arithmetic at 40 % of this machine's matrix-product rate."""
-    device = distributed.device()
+    device = distributed.init().device
     rate = throughput.matmul_rate(precision.pick_dtype(recipe.train.dtype, device), device)
     flops = count(recipe.spec(vocab_size)).flops_per_token * recipe.tokens_per_step * recipe.train.steps
-    return float(flops / (0.4 * rate * distributed.world_size()))
+    return float(flops / (0.4 * rate * distributed.size()))
 
 
 def check(recipe: Recipe, tokens: Tokens, world: distributed.World) -> None:
@@ -214,7 +213,7 @@ def assemble(
     sharding.shard(model, list(model.trunk.blocks), world, dtype)
     optimizer = build_optimizer(recipe.optim, model.named_parameters(), roles)
     validation = None
-    if recipe.data.val_fraction > 0 and tokens.split("val").tokens > config.seq_len:
+    if recipe.data.val_fraction > 0 and len(tokens.split("val").tokens) > config.seq_len:
         validation = Loader(tokens, config.seq_len, recipe.seed, split="val")
     return Run(
         recipe=recipe,
@@ -226,7 +225,11 @@ def assemble(
         world=world,
         store=CheckpointStore(folder / "checkpoints", config.keep_last, config.keep_best),
         journal=Journal(folder / "journal.jsonl") if world.rank == 0 else None,
-        fingerprint={"model": spec.to_dict(), "data": tokens.fingerprint, "seed": recipe.seed},
+        fingerprint={
+            **{f"model.{key}": value for key, value in spec.to_dict().items()},
+            "data": tokens.fingerprint,
+            "seed": recipe.seed,
+        },
         observers=list(observers) if world.rank == 0 else [],
     )
 
@@ -240,14 +243,13 @@ def reproduce_command(words: Sequence[str] = ()) -> str:
 def _write_run_record(run: Run, command: str) -> None:
     if run.journal is None:
         return
-    spec = run.recipe.spec(run.fingerprint["model"]["vocab_size"])
     record = run.journal.write(
         "run",
         format=JOURNAL_FORMAT,
         recipe=configs.to_dict(run.recipe),
         command=command,
         environment=environment.describe(),
-        parameters=count(spec).params,
+        parameters=count(run.model.spec).params,
         tokens_per_step=run.recipe.tokens_per_step,
         total_steps=run.recipe.train.steps,
     )

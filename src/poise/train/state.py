@@ -1,6 +1,6 @@
 """The run: everything a step needs, and all of its state in one place.
 
-``Run.pack`` and ``Run.unpack`` are the whole truth: 20 steps, save, load and 20 more equal 40 straight
+``Run.save`` and ``Run.restore`` are the whole truth: 20 steps, save, load and 20 more equal 40 straight
 steps bit for bit. A batch is a pure function of (seed, sample number), so the data's state is one number.
 """
 
@@ -19,8 +19,9 @@ from poise.core.journal import Journal
 from poise.core.types import Batch, Decision, Signals
 from poise.data.loader import Loader
 from poise.guard.guard import Guard
-from poise.hardware.checkpoint import CheckpointStore
+from poise.hardware.checkpoint import CheckpointStore, Loaded, Saved
 from poise.hardware.distributed import World, mean_over_ranks
+from poise.hardware.state import pack
 from poise.model.decoder import Decoder
 from poise.optim.chain import Chain
 from poise.optim.schedules import lr_at
@@ -166,8 +167,16 @@ class Run:
             tokens_per_s=self.recipe.tokens_per_step / seconds,
             smooth=math.nan if self.position.smooth is None else self.position.smooth,
             total_steps=self.recipe.train.steps,
-            guard_state=self.guard.status,
+            guard_state=self._guard_state(signals.step, decision),
         )
+
+    def _guard_state(self, step: int, decision: Decision) -> str:
+        config = self.recipe.guard
+        if not config.enabled:
+            return "off"
+        if decision.action != "proceed":
+            return decision.action.replace("_", " ")
+        return f"learning {step}/{config.min_values}" if step < config.min_values else "watching"
 
     def stop_agreed(self, asked: bool) -> bool:
         """Whether any rank was asked to stop, so that all of them stop after the same step."""
@@ -177,24 +186,32 @@ class Run:
 
     # -- all of the state ------------------------------------------------------------------------------
 
-    def pack(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return (tensors, meta): together everything that a resumed run needs."""
-        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def save(self) -> Saved:
+        """Commit a checkpoint of everything that a resumed run needs.
+
+        Raises:
+            NonFiniteState, SaveFailed: nothing was committed; older checkpoints are untouched.
+        """
         meta = {
+            **self.fingerprint,
             "position": asdict(self.position),
             "guard": self.guard.state_dict(),
-            "fingerprint": self.fingerprint,
         }
-        return tensors, meta
+        tensors = pack(self.model, self.optimizer)
+        return self.store.save(self.position.step, tensors, meta, metric=self.position.val_loss)
 
-    def unpack(self, meta: dict[str, Any], *, after_rollback: bool) -> None:
-        """Take over a checkpoint's meta; the tensors have been loaded in place.
+    def restore(self, at_most: int | None, *, after_rollback: bool = False) -> Loaded:
+        """Load the newest verified checkpoint at or before ``at_most`` and be there again.
 
         After a rollback the guard keeps its budget (its policy's state), so that it cannot go round in circles.
+
+        Raises:
+            UserError: there is none, or it is from another recipe.
         """
-        self.position = Position(**meta["position"])
-        self.guard.load_state_dict(meta["guard"], keep_policy=after_rollback)
-        self.set_lr()
+        loaded = self.store.restore(self.model, self.optimizer, at_most=at_most, expect=self.fingerprint)
+        self.position = Position(**loaded.meta["position"])
+        self.guard.load_state_dict(loaded.meta["guard"], keep_policy=after_rollback)
+        return loaded
 
     def tell(self, hook: str, *arguments: Any) -> None:
         """Call one hook of every observer; a failing observer is logged, never fatal."""

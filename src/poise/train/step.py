@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from poise.core.types import Clip, Decision, Proceed, Signals, Skip
-from poise.guard.responses import carry_out
+from poise.guard.responses.dispatch import carry_out
 
 if TYPE_CHECKING:
     from poise.train.state import Run

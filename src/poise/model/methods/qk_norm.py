@@ -41,7 +41,7 @@ EXCLUDES: Final[Mapping[str, str]] = {}
 
 
 class QKNorm(nn.Module):
-    """(q, k) -> both normalised over the head width; one gain vector for all query heads, one for all keys."""
+    """(q, k) -> both normalised over the head width; one gain for all query heads, one for all keys."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()
