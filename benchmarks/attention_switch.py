@@ -2,7 +2,7 @@
 
 Run: ``python benchmarks/attention_switch.py | tee benchmarks/results/attention_switch.txt`` (about a minute).
 The rule that uses the result is ``poise.model.attention.use_matmul``. Forward and backward, one thread, best
-of several repeats, about 8192 tokens-times-heads whatever the length.
+of several repeats, the same number of tokens whatever the length.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def peer(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]], bes
     return step
 
 
-def poise_run(size: str, compiled: bool, folder: Path, threads: int):  # noqa: ANN201
+def poise_run(size: str, compiled: bool, folder: Path, threads: int):
     from poise.hardware import distributed
     from poise.train import recipe as recipes
     from poise.train.run import assemble, prepared, resolve
@@ -142,7 +142,7 @@ def poise_run(size: str, compiled: bool, folder: Path, threads: int):  # noqa: A
     return assemble(resolve(recipe, tokens), folder, tokens, world, [])
 
 
-def poise_step(run) -> Step:  # noqa: ANN001
+def poise_step(run) -> Step:
     from poise.train.step import train_step
 
     def step() -> None:
@@ -207,7 +207,7 @@ def main() -> None:
         report(options, eager, speed, rates)
 
 
-def report(options, eager, speed: dict[str, list[float]], rates: list[float]) -> None:  # noqa: ANN001
+def report(options, eager, speed: dict[str, list[float]], rates: list[float]) -> None:
     from poise.model.counts import count
 
     counts = count(eager.model.spec)

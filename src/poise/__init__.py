@@ -46,7 +46,7 @@ _NAMES = {
 }
 """Public name -> module that defines it (``module:name`` where the names differ)."""
 
-__all__ = ["__version__", *_NAMES]  # noqa: PLE0604 - the lazy names are exactly the public ones
+__all__ = ["__version__", *_NAMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -38,7 +38,8 @@ def test_table_and_picture(runs, tmp_path):
     names = [t["name"] for t in figure["data"]]
     assert {"clean", "bare", "guarded", "injected fault"} <= set(names)
     notes = [a["text"] for a in figure["layout"]["annotations"]]
-    assert notes == ["garbage batch", "garbage batch", "bare: not finite from step 200 on"]
+    assert notes == ["garbage batch", "garbage batch", "bare: loss not finite"]
+    assert figure["layout"]["annotations"][-1]["x"] == 200
     assert [s["x0"] < 150 < s["x1"] for s in figure["layout"]["shapes"]] == [True, False]
 
 

@@ -134,6 +134,8 @@ def test_documents_of_one_token_and_of_many_rows(tmp_path: Path) -> None:
     assert found[0] == [("0.txt", (0, 2), 0), ("1.txt", (2, 4), 0), ("2.txt", (4, 9), 0)]
     assert found[1] == [("2.txt", (0, 9), 4)]
     assert found[4] == [("2.txt", (0, 9), 28)]
+    # The next document begins right after the row.
+    assert [d["origin"] for d in Loader(opened, 44, 0).documents(0)] == ["0.txt", "1.txt", "2.txt"]
 
 
 def test_the_held_out_part_has_a_fixed_order(tokens: Tokens) -> None:
@@ -161,9 +163,7 @@ def test_too_short_and_senseless_lengths(tokens: Tokens, tmp_path: Path) -> None
     tiny = open_tokens(prepare(str(tmp_path / "a.txt"), tmp_path / "out", vocab_size=257).dir)
     with pytest.raises(UserError, match=r"the train split has 4 tokens.* at most 3 or more text"):
         Loader(tiny, 256, 0)
-    with pytest.raises(
-        UserError, match=r"the val split has 0 tokens.*; use more text or a larger --data.val_frac"
-    ):
+    with pytest.raises(UserError, match=r"the val split has 0 tokens.*; use more text or a larger --data.val_frac"):
         Loader(tiny, 2, 0, "val")
     assert Loader(tiny, 3, 0).sequences == 1
 

@@ -53,6 +53,11 @@ def test_depends_on_seed_and_epoch() -> None:
         assert (other(np.arange(500)) == one).sum() < 10
 
 
+@pytest.mark.parametrize(("n", "orders"), [(2, 2), (3, 6), (4, 24)])
+def test_small_ranges_come_in_every_order(n: int, orders: int) -> None:
+    assert len({tuple(Permutation(n, 0, epoch)(np.arange(n)).tolist()) for epoch in range(400)}) == orders
+
+
 def test_looks_shuffled() -> None:
     n = 4096
     image = Permutation(n, 0, 0)(np.arange(n))

@@ -97,9 +97,7 @@ def test_the_same_input_again_does_nothing(corpus: Path, tmp_path: Path) -> None
     (folder / "new.txt").write_text("a new document")
     third = prepare(str(folder), out, vocab_size=300)
     assert not third.reused
-    assert (
-        third.manifest["splits"]["train"]["documents"] == first.manifest["splits"]["train"]["documents"] + 1
-    )
+    assert third.manifest["splits"]["train"]["documents"] == first.manifest["splits"]["train"]["documents"] + 1
     assert not prepare(str(folder), out, vocab_size=301).reused
     assert not prepare(str(folder), out, vocab_size=301, seed=1).reused
     assert names(tmp_path) == {"notes", "out"}
@@ -333,9 +331,7 @@ def test_a_full_disk_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["add", "close"])
-def test_no_space_while_writing(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
+def test_no_space_while_writing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -390,6 +386,18 @@ def test_unfinished_folders_of_the_living_stay(corpus: Path, tmp_path: Path) -> 
     assert names(tmp_path) == {"out", mine.name, fresh.name, other.name}
 
 
+def test_without_a_folder_the_cache_is_used(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
+    done = prepare(str(corpus), vocab_size=300)
+    assert done.dir == default_dir(str(corpus), Settings(vocab_size=300))
+    assert verify(done.dir).vocab_size == 300
+    assert prepare(str(corpus), None, vocab_size=300).reused
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot write .*file.*--data\.dir PATH or set POISE_CACHE"):
+        prepare(str(corpus), vocab_size=300)
+
+
 def test_default_dir(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
     place = default_dir(str(corpus), Settings())
@@ -412,8 +420,7 @@ def test_jsonl_and_parquet_lead_to_the_same_tokens(corpus: Path, tmp_path: Path)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     made = [
-        prepare(str(tmp_path / name), tmp_path / f"out{name}", vocab_size=300).dir
-        for name in ("a.jsonl", "a.parquet")
+        prepare(str(tmp_path / name), tmp_path / f"out{name}", vocab_size=300).dir for name in ("a.jsonl", "a.parquet")
     ]
     for name in ("train.bin", "val.bin", "train.idx", "tokenizer.json"):
         assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import sys
 import tracemalloc
 import types
@@ -274,7 +275,9 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
     changed = sources.resolve(str(tmp_path)).fingerprint()
     path.rename(tmp_path / "b.txt")
     renamed = sources.resolve(str(tmp_path)).fingerprint()
-    assert len({before, changed, renamed}) == 3
+    os.utime(tmp_path / "b.txt", ns=(1, 1))
+    touched = sources.resolve(str(tmp_path)).fingerprint()
+    assert len({before, changed, renamed, touched}) == 4
 
 
 def test_the_standard_library_is_listed_without_tests() -> None:

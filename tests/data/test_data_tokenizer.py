@@ -80,9 +80,7 @@ def test_long_texts_are_encoded_in_segments(trained: Tokenizer, monkeypatch: pyt
     assert all(len(part) <= 200 for part in module._segments(text))
 
 
-def test_encoding_keeps_the_order_of_texts_with_segments(
-    trained: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_encoding_keeps_the_order_of_texts_with_segments(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SEGMENT", 50)
     texts = ["", "short", "long " * 40, "", "last"]
     assert [trained.decode(ids) for ids in trained.encode(texts)] == texts

@@ -176,17 +176,16 @@ def test_complex_and_float8_are_looked_at(tmp_path):
     fine = torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)
     store.save(1, {"x": fine, "c": torch.tensor([1 + 2j])}, {})
     with pytest.raises(NonFiniteState) as caught:
-        store.save(
-            2, {"x": torch.tensor([math.nan]).to(torch.float8_e4m3fn), "c": torch.tensor([1j * math.inf])}, {}
-        )
+        store.save(2, {"x": torch.tensor([math.nan]).to(torch.float8_e4m3fn), "c": torch.tensor([1j * math.inf])}, {})
     assert caught.value.names == ["x", "c"]
 
 
 def test_keeps_the_last_and_the_best(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=2, keep_best=1)
-    for step, metric in [(1, 5.0), (2, 3.0), (3, math.nan), (4, None), (5, 4.0), (6, 3.5)]:
+    metrics = [(0, math.nan), (1, -math.inf), (2, 3.0), (3, math.nan), (4, None), (5, 4.0), (6, 3.5)]
+    for step, metric in metrics:
         store.save(step, number(step), {}, metric)
-    assert store.steps() == [2, 5, 6]
+    assert store.steps() == [2, 5, 6], "what is not finite is not the best"
     store.save(7, number(7), {}, 3.0)  # as good as step 2, and newer
     assert store.steps() == [6, 7]
 
@@ -250,9 +249,7 @@ def test_another_recipe_is_one_line_and_changes_nothing(tmp_path):
     store.save(3, pack(model, adamw(model)), {"recipe": "abc"})
     wide = nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.Linear(9, 3))
     before = {k: v.clone() for k, v in wide.state_dict().items()}
-    with pytest.raises(
-        UserError, match=r"another recipe: 'model/0.weight' is 8x6 there and 9x6 here"
-    ) as caught:
+    with pytest.raises(UserError, match=r"another recipe: 'model/0.weight' is 8x6 there and 9x6 here") as caught:
         store.restore(wide, adamw(wide))
     assert "\n" not in str(caught.value)
     assert same(before, dict(wide.state_dict()))

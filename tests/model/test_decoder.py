@@ -159,14 +159,10 @@ def test_taps_are_where_the_table_says():
     shapes = {name.removeprefix("block.1."): tuple(out.shape) for name, out in seen.items()}
     assert shapes["q"] == (2, 4, 16, 8) and shapes["k"] == shapes["v"] == (2, 2, 16, 8)
     assert shapes["mlp_hidden"] == (2, 16, 48)
-    assert torch.equal(
-        seen["block.0.residual"], seen["embed"] + seen["block.0.attn_out"] + seen["block.0.mlp_out"]
-    )
+    assert torch.equal(seen["block.0.residual"], seen["embed"] + seen["block.0.attn_out"] + seen["block.0.mlp_out"])
     assert torch.equal(seen["final"], model.hidden(ids()))
     page = (Path(__file__).parents[2] / "docs" / "model.md").read_text(encoding="utf-8")
-    missing = [
-        name for name in model.taps() if f"`{name.replace('.0.', '.N.').replace('.1.', '.N.')}`" not in page
-    ]
+    missing = [name for name in model.taps() if f"`{name.replace('.0.', '.N.').replace('.1.', '.N.')}`" not in page]
     assert not missing
 
 
@@ -299,12 +295,11 @@ def test_embed_scale_never_touches_a_tied_head():
 
 def test_the_methods_page_is_current():
     page = Path(__file__).parents[2] / "docs" / "methods.md"
-    assert page.read_text(encoding="utf-8") == table_markdown(), (
-        "run: python -m poise.model.methods > docs/methods.md"
-    )
+    assert page.read_text(encoding="utf-8") == table_markdown(), "run: python -m poise.model.methods > docs/methods.md"
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what the compiler warns of is its own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_trunk_compiles_as_one_graph(dtype):
     spec = apply(TINY, *(name for name in METHODS if name != "embed_norm"))

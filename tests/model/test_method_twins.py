@@ -54,9 +54,7 @@ def outcome(spec: Spec, dtype: torch.dtype = torch.float32) -> dict[str, torch.T
     model = build(spec, seed=1, compute_dtype=dtype)
     out = model(*batch())
     out.loss.backward()
-    return {"loss": out.loss.detach()} | {
-        n: p.grad for n, p in model.named_parameters() if p.grad is not None
-    }
+    return {"loss": out.loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -106,9 +104,7 @@ def test_resumes(name: str) -> None:
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), spec.to_dict()))
     steps(model, optimizer, 3, 6)
 
-    other = build(
-        Spec.from_dict(saved[2]), seed=2
-    )  # other starting values: only the state may bring them back
+    other = build(Spec.from_dict(saved[2]), seed=2)  # other starting values: only the state may bring them back
     again = torch.optim.AdamW(other.parameters(), lr=1e-2)
     other.load_state_dict(saved[0])
     again.load_state_dict(saved[1])
@@ -154,9 +150,7 @@ def reference(
         at = f"trunk.blocks.{number}."
         a_TD = rms(x_TD, w[at + "attn_in.weight"])
         rows = w[at + "attn.qkv.weight"] @ a_TD.T
-        q_HTK, k_GTK, v_GTK = (
-            part.reshape(-1, K, T).swapaxes(1, 2) for part in np.split(rows, [H * K, (H + G) * K])
-        )
+        q_HTK, k_GTK, v_GTK = (part.reshape(-1, K, T).swapaxes(1, 2) for part in np.split(rows, [H * K, (H + G) * K]))
         q_HTK, k_GTK = (rope(qk(z, w, f"{at}attn.qk.{n}.weight")) for z, n in ((q_HTK, "q"), (k_GTK, "k")))
         heads = []
         for head in range(H):
@@ -195,9 +189,7 @@ def test_parity_with_a_plain_transcription(name: str | None) -> None:
     assert model(inputs, targets).loss.item() == pytest.approx(wanted, rel=1e-12)
     if name is not None:
         base = {k: v for k, v in weights.items() if ".qk." not in k}
-        assert abs(reference(base, inputs[0].numpy(), targets[0].numpy()) - wanted) > 1e-9, (
-            "the hook does nothing"
-        )
+        assert abs(reference(base, inputs[0].numpy(), targets[0].numpy()) - wanted) > 1e-9, "the hook does nothing"
 
 
 def test_every_method_has_its_entries_and_a_full_header() -> None:

@@ -76,6 +76,20 @@ def test_parity_with_torch(dtype: torch.dtype, tolerance: float, fused: bool, cl
         assert error <= tolerance, error
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_clip_that_is_not_reached_equals_no_clip(fused: bool) -> None:
+    runs = []
+    for clip in (True, False):
+        net = model()
+        optimizer = chain(net, fused=fused, clip=clip)
+        for step in range(3):
+            backward(net, step, scale=0.1)
+            assert optimizer.measure() < MAX_NORM
+            optimizer.step()
+        runs.append(snapshot(net, optimizer))
+    assert equal(*runs)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("clip", [True, False])

@@ -54,6 +54,15 @@ def test_adamw_parity(rule: AdamW) -> None:
     np.testing.assert_allclose(got, numpy_adamw(rule, 0.01, GRADS), rtol=1e-12)
 
 
+def test_adamw_bias_correction_is_exact_in_single_precision() -> None:
+    """The first updates have the size of the learning rate; 1 - 0.999 in fp32 alone is wrong by 1e-5."""
+    rule = AdamW(beta2=0.999, weight_decay=0.0)
+    info = Info(torch.ones(()), 1.0, 0.0, {})
+    p = torch.zeros(3)
+    update = rule.update(torch.tensor([1.0, -2.0, 0.5]), rule.init(p), p, info)
+    np.testing.assert_allclose(update.numpy(), [1.0, -1.0, 1.0], rtol=1e-6)
+
+
 def test_adamw_decay_off_equals_absent_and_on_acts() -> None:
     off, _ = run(AdamW(weight_decay=0.0))
     absent = numpy_adamw(AdamW(weight_decay=0.0), 0.01, GRADS)

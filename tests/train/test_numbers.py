@@ -17,6 +17,7 @@ PINNED: tuple[float, ...] = ()
 def test_ten_steps_of_nano(tokens_dir: Path, tmp_path: Path) -> None:
     values = {
         "data": {"source": str(tokens_dir), "vocab_size": 512, "val_fraction": 0.1},
+        "optim": {"schedule": {"warmup_steps": 5}},
         "train": {"steps": 10, "eval_every": 0, "compile": "off", "dtype": "fp32", "threads": 1,
                   "batch_size": 2, "seq_len": 64},
     }  # fmt: skip

@@ -25,7 +25,9 @@ def main(words: Sequence[str]) -> int:
         "a gradient. Takes a few minutes on two cores.",
         "poise demo --out runs/demo",
     )
-    parser.add_argument("--out", metavar="DIR", help="where the five runs go (default: the next free runs/demo)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where the five runs go (default: the next free runs/demo)"
+    )
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     arguments, over = parse(parser, words)
     out = Path(arguments.out) if arguments.out else next_free(Path("runs") / "demo")

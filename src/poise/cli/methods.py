@@ -8,13 +8,17 @@ from collections.abc import Sequence
 
 from poise.cli.args import Parser
 from poise.core.errors import UserError, nearest
-from poise.core.registry import Card
+from poise.core.registry import Card, cards_of
 
 
 def main(words: Sequence[str]) -> int:
     """List the cards, or show one."""
-    parser = Parser("methods", "List the stability methods that recipes can name.", "poise methods show qk_norm")
-    parser.add_argument("what", nargs="*", metavar="show NAME", help="show NAME: all that is known of one method")
+    parser = Parser(
+        "methods", "List the stability methods that recipes can name.", "poise methods show qk_norm"
+    )
+    parser.add_argument(
+        "what", nargs="*", metavar="show NAME", help="show NAME: all that is known of one method"
+    )
     parser.add_argument("--json", action="store_true", help="print the cards as JSON")
     arguments = parser.parse_args(list(words))
     cards = all_cards()
@@ -23,7 +27,7 @@ def main(words: Sequence[str]) -> int:
             raise UserError("write: poise methods, or: poise methods show NAME")
         name = arguments.what[1]
         if name not in cards:
-            raise UserError(f"unknown method '{name}'{nearest(name, cards)}; see poise methods")
+            raise UserError(f"no method '{name}'{nearest(name, cards)}; see poise methods")
         cards = {name: cards[name]}
     if arguments.json:
         print(json.dumps([dataclasses.asdict(card) for card in cards.values()], indent=2))
@@ -39,7 +43,9 @@ def main(words: Sequence[str]) -> int:
 
 def all_cards() -> dict[str, Card]:
     """Return every method's card by name, in the order of the rooms."""
-    from poise.model.methods import cards as model_cards
-    from poise.optim.build import cards as optim_cards
+    from poise import guard, optim
+    from poise.model import methods
 
-    return {card.name: card for card in [*model_cards(), *optim_cards()]}
+    return {
+        card.name: card for card in [*methods.cards(), *cards_of(optim.METHODS), *cards_of(guard.METHODS)]
+    }

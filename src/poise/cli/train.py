@@ -27,7 +27,9 @@ def main(words: Sequence[str]) -> int:
         recipe_help() if {"-h", "--help"} & set(words) else "",
     )
     parser.add_argument("recipe", nargs="?", default="nano", help="a TOML file, or nano, small, 100m, 1b")
-    parser.add_argument("--data", metavar="PATH", help="text to train on: file, folder, .jsonl, .parquet, hf:NAME")
+    parser.add_argument(
+        "--data", metavar="PATH", help="text to train on: file, folder, .jsonl, .parquet, hf:NAME"
+    )
     parser.add_argument("--out", metavar="DIR", help="the new run folder (default: the next free runs/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print size, memory and budget; train nothing")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")

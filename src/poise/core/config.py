@@ -114,10 +114,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_toml(config: Any) -> str:
     """Return a config as TOML that ``load`` and ``build`` turn into an equal config.
 
-    ``None`` has no TOML form: the key is written as a comment.
+    ``None`` has no TOML form: the key is written as a comment, or as "none" where that is not the default.
     """
     lines: list[str] = []
-    _toml_section(to_dict(config), "", lines)
+    unset = {name for name, _, f in flatten_fields(type(config)) if f.default is None}
+    _toml_section(to_dict(config), "", unset, lines)
     return "\n".join(lines).strip() + "\n"
 
 
@@ -162,13 +163,20 @@ def _check(value: Any, kind: Any, name: str, where: str) -> Any:
     options = typing.get_args(kind)
     if value == "none" and type(None) in options:
         return None
-    if kind is int and isinstance(value, bool):  # pydantic would take true for 1
-        raise UserError(f"'{name}' is {value!r}, but must be a whole number{_in(where)}")
+    if isinstance(value, bool) and not _takes_bool(kind, options):  # pydantic would take true for 1
+        number = "a number" if float in (kind, *options) else "a whole number"
+        raise UserError(f"'{name}' is {value!r}, but must be {number}{_in(where)}")
     try:
         return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:
         fault = error.errors()[0]["msg"].removeprefix("Input ")
         raise UserError(f"'{name}' is {value!r}: it {fault}{_in(where)}") from None
+
+
+def _takes_bool(kind: Any, options: tuple[Any, ...]) -> bool:
+    """Return whether true and false are left to the type's own check: all types but numbers."""
+    numbers = {int, float} & {kind, *options}
+    return not numbers or bool in options or any(isinstance(option, bool) for option in options)
 
 
 def _first(known: set[str], section: str) -> str:
@@ -180,30 +188,39 @@ def _in(where: str) -> str:
 
 
 def _value(text: str) -> Any:
-    """Read a command-line value as TOML would; what is not TOML is text."""
+    """Read a command-line value as TOML would; what is not TOML is text, and so are dates and times."""
     try:
-        return tomllib.loads(f"x = {text}")["x"]
+        value = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
         return text
+    return value if isinstance(value, bool | int | float | str | list | dict) else text
 
 
-def _toml_section(values: Mapping[str, Any], name: str, lines: list[str]) -> None:
+def _toml_section(values: Mapping[str, Any], name: str, unset: set[str], lines: list[str]) -> None:
     if name:
         lines += ["", f"[{name}]"]
     sections = {k: v for k, v in values.items() if isinstance(v, Mapping)}
     for key, value in values.items():
         if key in sections:
             continue
-        lines.append(f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}")
+        if value is None and (f"{name}.{key}" if name else key) in unset:
+            lines.append(f"# {key} is not set")
+        else:
+            lines.append(f"{_toml_key(key)} = {_toml_value('none' if value is None else value)}")
     for key, value in sections.items():
-        _toml_section(value, f"{name}.{key}" if name else key, lines)
+        _toml_section(value, f"{name}.{_toml_key(key)}" if name else _toml_key(key), unset, lines)
+
+
+def _toml_key(key: str) -> str:
+    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
+    return key if bare else _toml_value(key)
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON lets it stand
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     return repr(value)

@@ -73,7 +73,7 @@ def read(path: str | Path) -> list[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(record, dict) and record.get("type") in FIELDS:
+            if isinstance(record, dict) and isinstance(record.get("type"), str) and record["type"] in FIELDS:
                 records.append(_decode(record))
     return records
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,3 +35,10 @@ class Card:
     cost: str
     off: str
     differs: str = "nothing known"
+
+
+def cards_of(modules: Iterable[str]) -> list[Card]:
+    """Return the ``CARD`` of each module, in the given order."""
+    cards = [importlib.import_module(name).CARD for name in modules]
+    assert all(isinstance(card, Card) for card in cards)
+    return cards

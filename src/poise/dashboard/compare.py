@@ -157,8 +157,16 @@ def _death(i: int, name: str, every: Line, span: tuple[float, float]) -> list[di
         return []
     first = float(every.steps[lost[-1][0]])
     share = (first - span[0]) / ((span[1] - span[0]) or 1.0)
-    note = label(first, _lane(i), share, f"{name}: not finite from step {first:,.0f} on", _colour(i))
-    return [{**note, "xanchor": "left" if share < 0.5 else "right", "yanchor": "top", "yshift": -5}]
+    note = label(first, _lane(i), share, f"{name}: loss not finite", _colour(i))
+    return [
+        {
+            **note,
+            "xanchor": "left" if share < 0.5 else "right",
+            "yanchor": "top",
+            "yshift": -5,
+            "bgcolor": "$ground",
+        }
+    ]
 
 
 def _colour(i: int) -> str:

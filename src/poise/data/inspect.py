@@ -27,9 +27,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     seen = sum((_counts(split, tokens.vocab_size) for split in splits), np.zeros(tokens.vocab_size, np.int64))
     per_split = tokens.manifest["splits"]
     total = {key: sum(facts[key] for facts in per_split.values()) for key in ("documents", "tokens", "bytes")}
-    hashes = pa.chunked_array(
-        [chunk for s in splits for chunk in s.table["content_hash"].chunks], pa.binary(16)
-    )
+    hashes = pa.chunked_array([chunk for s in splits for chunk in s.table["content_hash"].chunks], pa.binary(16))
     return {
         "dir": str(tokens.dir),
         "source": tokens.manifest["source"]["description"],

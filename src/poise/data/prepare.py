@@ -56,13 +56,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.vocab_size < MIN_VOCAB:
-            raise UserError(
-                f"vocab_size is {self.vocab_size}; a byte-level vocabulary needs at least {MIN_VOCAB} ids"
-            )
+            raise UserError(f"vocab_size is {self.vocab_size}; a byte-level vocabulary needs at least {MIN_VOCAB} ids")
         if self.vocab_size > 2**31 - 1:
-            raise UserError(
-                f"vocab_size is {self.vocab_size}; at most 2**31 - 1 ids have a place in the files"
-            )
+            raise UserError(f"vocab_size is {self.vocab_size}; at most 2**31 - 1 ids have a place in the files")
         if not 0.0 <= self.val_fraction <= 0.5:
             raise UserError(f"val_fraction is {self.val_fraction}; give a share from 0 to 0.5, e.g. 0.01")
         if not self.text_field:
@@ -97,10 +93,10 @@ def prepare(
 ) -> Prepared:
     """Turn ``source`` into prepared data at ``out``; other arguments as in ``Settings``.
 
-    Without ``out`` the place is ``default_dir``, so that the same text with the same settings is prepared once.
-    A source that is itself a folder of prepared data is opened and ``out`` is not used. The held-out part
-    has at least one document if there are two different ones; a source with a single text has no held-out
-    part. Equal texts are always on the same side.
+    Without ``out`` the place is ``default_dir``, so that the same text with the same settings is prepared
+    once. A source that is itself a folder of prepared data is opened and ``out`` is not used. The held-out
+    part has at least one document if there are two different ones; a source with a single text has no
+    held-out part. Equal texts are always on the same side.
 
     Raises:
         UserError: no such source, no text in it, too little text for the vocabulary, a bad tokenizer, a
@@ -174,8 +170,7 @@ class _Preparation:
                 },
                 "dtype": store.token_dtype(tokenizer.vocab_size).name,
                 "splits": {
-                    name: {"documents": w.documents, "tokens": w.tokens, "bytes": w.bytes}
-                    for name, w in splits.items()
+                    name: {"documents": w.documents, "tokens": w.tokens, "bytes": w.bytes} for name, w in splits.items()
                 },
                 "replaced_bytes": sum(w.replaced_bytes for w in splits.values()),
                 "skipped": self._skipped(tally),
@@ -278,9 +273,7 @@ class _Preparation:
         if any(reason.startswith("no text field") for reason in skipped):
             fields = ", ".join(map(str, tally.fields)) or "none"
             return UserError(f"no text in '{what}' ({why}; its fields: {fields}); use --data.text_field NAME")
-        return UserError(
-            f"no text in '{what}' ({why or 'it is empty'}); give a file or folder with text in it"
-        )
+        return UserError(f"no text in '{what}' ({why or 'it is empty'}); give a file or folder with text in it")
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -320,6 +313,4 @@ def _cache() -> Path:
     try:
         return Path.home() / ".cache" / "poise"
     except RuntimeError:
-        raise UserError(
-            "there is no home folder for the cache; give --data.dir PATH or set POISE_CACHE"
-        ) from None
+        raise UserError("there is no home folder for the cache; give --data.dir PATH or set POISE_CACHE") from None

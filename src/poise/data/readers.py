@@ -110,9 +110,7 @@ def clean(text: str) -> tuple[str, int]:
     return text, 3 * count
 
 
-def read_text(
-    path: Path, origin: str, source: str, piece: int, tally: Tally, base: int = 0
-) -> Iterator[Document]:
+def read_text(path: Path, origin: str, source: str, piece: int, tally: Tally, base: int = 0) -> Iterator[Document]:
     """Yield a text file as documents of at most ``piece`` bytes, cut at blank lines where there are any.
 
     Args:
@@ -268,9 +266,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"'{path}' is damaged: {_first_line(error)}; fetch it again or remove it") from None
     except OSError as error:
         if error.errno is None:  # Arrow's own, about the contents
-            raise UserError(
-                f"'{path}' is damaged: {_first_line(error)}; fetch it again or remove it"
-            ) from None
+            raise UserError(f"'{path}' is damaged: {_first_line(error)}; fetch it again or remove it") from None
         raise UserError(f"cannot read '{path}': {error.strerror}; check its permissions") from None
 
 

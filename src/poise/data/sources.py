@@ -229,9 +229,7 @@ def _hub(source: str) -> Source:
     name, _, split = source.removeprefix("hf:").partition(":")
     if not name:
         raise UserError(f"'{source}' names no data set; write hf:owner/name or hf:owner/name:split")
-    return Source(
-        name, f"Hugging Face data set {name}, split {split or 'train'}", (), (name, split or "train")
-    )
+    return Source(name, f"Hugging Face data set {name}, split {split or 'train'}", (), (name, split or "train"))
 
 
 def _hub_documents(source: Source, text_field: str, tally: Tally) -> Iterator[Document]:

@@ -158,9 +158,7 @@ def open_tokens(folder: str | Path) -> Tokens:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"'{folder}' holds no prepared data (no {MANIFEST}); run poise data prepare"
-        ) from None
+        raise UserError(f"'{folder}' holds no prepared data (no {MANIFEST}); run poise data prepare") from None
     except OSError as error:
         raise UserError(f"cannot read prepared data '{folder}': {error.strerror}") from None
     except ValueError:
@@ -294,9 +292,7 @@ def _cannot_write(out: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"the disk is full at '{out.parent}'; free some space or give --data.dir PATH")
     reason = error.strerror or _first_line(error)
-    return UserError(
-        f"cannot write prepared data to '{out}': {reason}; give --data.dir PATH or set POISE_CACHE"
-    )
+    return UserError(f"cannot write prepared data to '{out}': {reason}; give --data.dir PATH or set POISE_CACHE")
 
 
 def _damaged(folder: Path, what: str) -> UserError:

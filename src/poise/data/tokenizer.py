@@ -68,9 +68,7 @@ class Tokenizer:
                 parts.append(part)
                 owners.append(owner)
         ids: list[list[NDArray[np.uint32]]] = [[] for _ in texts]
-        for owner, encoding in zip(
-            owners, self._inner.encode_batch_fast(parts, add_special_tokens=False), strict=True
-        ):
+        for owner, encoding in zip(owners, self._inner.encode_batch_fast(parts, add_special_tokens=False), strict=True):
             ids[owner].append(np.array(encoding.ids, dtype=np.uint32))
         return [np.concatenate(pieces) if pieces else np.zeros(0, np.uint32) for pieces in ids]
 

@@ -42,9 +42,7 @@ class SplitWriter:
     def add(self, ids: NDArray[np.unsignedinteger], row: dict[str, Any]) -> None:
         """Append a document: its ids with the end of text, and the other columns of its row."""
         if len(ids) >= 2**31:
-            raise UserError(
-                f"document '{row['origin']}' has {len(ids):,} tokens; cut it, the limit is 2**31 - 1"
-            )
+            raise UserError(f"document '{row['origin']}' has {len(ids):,} tokens; cut it, the limit is 2**31 - 1")
         self._bin.write(ids.astype(self._dtype).data)
         self._rows.append({**row, "token_start": self.tokens, "token_length": len(ids)})
         self.tokens += len(ids)

@@ -110,9 +110,7 @@ class Guard:
         observer: told about every decision after it was made; it cannot change it.
     """
 
-    def __init__(
-        self, detectors: Sequence[Detector], policy: Policy | None, observer: Observer | None = None
-    ) -> None:
+    def __init__(self, detectors: Sequence[Detector], policy: Policy | None, observer: Observer | None = None) -> None:
         names = [detector.name for detector in detectors]
         if len(set(names)) < len(names):
             raise UserError(f"two detectors have the same name in {names}; give each its own")
@@ -166,9 +164,7 @@ class Guard:
             UserError: the guard was not made by ``for_run``.
         """
         if self._loop is None:
-            raise UserError(
-                "allows() needs to know the model; make the guard with Guard.for_run(model, optimizer)"
-            )
+            raise UserError("allows() needs to know the model; make the guard with Guard.for_run(model, optimizer)")
         signals = self._loop.read(loss)
         decision = self.decide(signals)
         match decision:

@@ -159,9 +159,7 @@ class Policy:
         at_most = min([self._onset - 1, *(tried - 1 for tried in self._tried)])
         if not self._can_go_back(at_most):
             if fatal or self._tried:
-                return self._halt(
-                    step, alarm, fatal, alarms, f"there is no checkpoint at or before step {at_most}"
-                )
+                return self._halt(step, alarm, fatal, alarms, f"there is no checkpoint at or before step {at_most}")
             self._letting_through = True
             reason = f"no checkpoint to go back to, so from here on it is let through: {alarm.message}"
             return Proceed(reason=reason, alarms=alarms)

@@ -75,7 +75,12 @@ class Attempts:
         return healthy
 
     def end(self, how: str = CLEAN) -> None:
-        """Note how the attempt ended: ``clean``, or the name of an error."""
+        """Note how the attempt ended: ``clean``, or the name of an error.
+
+        A person who stops a run twice in a row says nothing about its checkpoint: that counts as clean.
+        """
+        if how in ("KeyboardInterrupt", "SystemExit"):
+            how = CLEAN
         if self._attempts:
             self._attempts[-1] = replace(self._attempts[-1], end=how)
             self._write(sync=True)

@@ -136,9 +136,7 @@ class CheckpointStore:
 
     # Save.
 
-    def save(
-        self, step: int, tensors: dict[str, Any], meta: dict[str, Any], metric: float | None = None
-    ) -> Saved:
+    def save(self, step: int, tensors: dict[str, Any], meta: dict[str, Any], metric: float | None = None) -> Saved:
         """Commit a checkpoint, then remove those that need not be kept.
 
         Saving ends the history at ``step``: newer checkpoints are from before a rollback and are set
@@ -177,6 +175,7 @@ class CheckpointStore:
         except Exception:
             if lead:
                 shutil.rmtree(partial, ignore_errors=True)
+            distributed.barrier()
             raise
         if lead:
             self._attempts.note_progress(step, saved=True)
@@ -249,9 +248,7 @@ class CheckpointStore:
             raise UserError(f"checkpoint of step {found.step} is from another recipe: {mismatch}")
         flat, _ = flatten({"model": model.state_dict(), **(extra or {})})
         sections = {"model", "optimizer", *(extra or {})}
-        loaded = _load(
-            path, found, flat | optimizer_targets(optimizer, found.tensors, "optimizer"), sections, rejected
-        )
+        loaded = _load(path, found, flat | optimizer_targets(optimizer, found.tensors, "optimizer"), sections, rejected)
         unpack(model, optimizer, loaded.state)
         return loaded
 
@@ -260,9 +257,7 @@ class CheckpointStore:
         passed: set[int] = set()
         while True:
             present = distributed.broadcast(self.steps())
-            step = max(
-                (s for s in present if s not in passed and (at_most is None or s <= at_most)), default=None
-            )
+            step = max((s for s in present if s not in passed and (at_most is None or s <= at_most)), default=None)
             if step is None:
                 raise UserError(self._none_left(at_most, rejected))
             path = shelf.folder_of(self.folder, step)
@@ -340,9 +335,7 @@ def _check_expected(found: Manifest, expect: Mapping[str, Any] | None) -> None:
             )
 
 
-def _load(
-    path: Path, found: Manifest, targets: dict[str, Tensor], sections: set[str], rejected: list[str]
-) -> Loaded:
+def _load(path: Path, found: Manifest, targets: dict[str, Tensor], sections: set[str], rejected: list[str]) -> Loaded:
     """Load a verified checkpoint into ``targets`` and rebuild the wanted sections around them."""
     wanted = {name: entry for name, entry in found.tensors.items() if name.split(SEPARATOR)[0] in sections}
     if mismatch := first_mismatch(wanted, targets):

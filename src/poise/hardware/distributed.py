@@ -70,13 +70,10 @@ def _torchrun(env: Mapping[str, str]) -> tuple[int, int, int] | None:
         ) from None
     except ValueError:
         raise UserError(
-            f"RANK={env['RANK']!r} and WORLD_SIZE={env['WORLD_SIZE']!r} must be whole numbers; "
-            "start with torchrun"
+            f"RANK={env['RANK']!r} and WORLD_SIZE={env['WORLD_SIZE']!r} must be whole numbers; start with torchrun"
         ) from None
     if not 0 <= rank < size:
-        raise UserError(
-            f"RANK is {rank}, but must be from 0 to WORLD_SIZE - 1 = {size - 1}; start with torchrun"
-        )
+        raise UserError(f"RANK is {rank}, but must be from 0 to WORLD_SIZE - 1 = {size - 1}; start with torchrun")
     return rank, size, local_rank
 
 
@@ -90,9 +87,7 @@ def _device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise UserError(
-            f"local rank {local_rank} has no GPU of its own, there are {count}; start fewer processes"
-        )
+        raise UserError(f"local rank {local_rank} has no GPU of its own, there are {count}; start fewer processes")
     return torch.device("cuda", local_rank)
 
 

@@ -103,7 +103,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         return reason(next(iter(error.failures.values()))[0])
     inner: BaseException | None = error
-    while inner is not None:  # torch's writer buries "disk full" under a complaint about positions
+    while isinstance(inner, RuntimeError | OSError):
+        # Torch's writer buries "disk full" under a complaint about positions.
         if isinstance(inner, OSError) and inner.strerror:
             return inner.strerror
         inner = inner.__cause__ or inner.__context__

@@ -97,8 +97,7 @@ def read(folder: Path) -> Manifest:
     values = json.loads(data)
     if values["format"] != FORMAT:
         raise UserError(
-            f"checkpoint '{folder.name}' has format {values['format']}, this version reads {FORMAT}; "
-            "update poise"
+            f"checkpoint '{folder.name}' has format {values['format']}, this version reads {FORMAT}; update poise"
         )
     return Manifest(
         step=values["step"],

@@ -118,9 +118,7 @@ def _doomed(root: Path, newest: int, keep_last: int, keep_best: int) -> list[Pat
     present = [step for step in steps(root) if step <= newest]
     keep = set(present[-keep_last:])
     if keep_best:
-        measured = [
-            (metric, -step) for step in present if (metric := _metric(folder_of(root, step))) is not None
-        ]
+        measured = [(metric, -step) for step in present if (metric := _metric(folder_of(root, step))) is not None]
         keep |= {-negative for _, negative in sorted(measured)[:keep_best]}
     doomed = [folder_of(root, step) for step in present if step not in keep]
     doomed += [root / name for name, _, kind in _others(root) if kind == "abandoned"]

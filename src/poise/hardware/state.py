@@ -66,9 +66,7 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Node:
     if isinstance(value, list | tuple):
         items = [_flatten(inner, _join(path, i), tensors) for i, inner in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
-    raise TypeError(
-        f"state '{path}' is a {type(value).__name__}; a checkpoint holds tensors and plain values"
-    )
+    raise TypeError(f"state '{path}' is a {type(value).__name__}; a checkpoint holds tensors and plain values")
 
 
 def _join(path: str, key: str | int) -> str:

@@ -16,9 +16,7 @@ from poise.core.errors import UserError
 
 
 @functools.cache
-def matmul_rate(
-    dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 2048, tries: int = 4
-) -> float:
+def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 2048, tries: int = 4) -> float:
     """Return the rate of square matrix products in FLOP/s: a measured ceiling for a training step.
 
     The best of several tries, after one to warm up, measured once a process for each set of arguments
@@ -58,9 +56,7 @@ class Meter:
         UserError: ``half_life_s`` is not positive.
     """
 
-    def __init__(
-        self, total_tokens: int | None = None, done_tokens: int = 0, half_life_s: float = 20.0
-    ) -> None:
+    def __init__(self, total_tokens: int | None = None, done_tokens: int = 0, half_life_s: float = 20.0) -> None:
         if not half_life_s > 0:
             raise UserError(f"half_life_s is {half_life_s}, but must be above 0")
         self.total_tokens = total_tokens

@@ -142,7 +142,5 @@ def _activations(spec: Spec, batch: int, compute: ComputeName, device: str) -> i
         # The fused kernel keeps its own output beside the reordered copy, and v as a view, which keeps the
         # whole output of the qkv product alive.
         per_row += 2 * spec.d_model + kv // 2
-    ends = (
-        3 * rows * spec.d_model
-    )  # final norm's input, its output, and the gradient made in the forward pass
+    ends = 3 * rows * spec.d_model  # final norm's input, its output, and the gradient made in the forward pass
     return WIDTH[compute] * (spec.n_layers * (rows * per_row + square) + ends)

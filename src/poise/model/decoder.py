@@ -86,9 +86,7 @@ class Decoder(nn.Module):
         """Return the final hidden states (B, T, D) in the compute dtype."""
         T = inputs_BT.shape[1]
         if self.spec.seq_len < T:
-            raise UserError(
-                f"a sequence of {T} tokens is longer than the model's seq_len {self.spec.seq_len}"
-            )
+            raise UserError(f"a sequence of {T} tokens is longer than the model's seq_len {self.spec.seq_len}")
         x_BTD = self.embed_out(self.embedding(inputs_BT)).to(self.compute_dtype)
         out: Tensor = self._taps["final"](self.trunk(self._taps["embed"](x_BTD)))
         return out

@@ -145,9 +145,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 class _Work:
     """Buffers that all chunks share, and the two gradients they add up."""
 
-    def __init__(
-        self, hidden_ND: Tensor, weight_VD: Tensor, rows: int, grad_hidden: bool, grad_weight: bool
-    ) -> None:
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, rows: int, grad_hidden: bool, grad_weight: bool) -> None:
         self.hidden_ND, self.weight_VD = hidden_ND, weight_VD.to(hidden_ND.dtype)
         self.exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         self.wants_grad = grad_hidden or grad_weight

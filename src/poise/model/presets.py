@@ -12,9 +12,7 @@ from poise.model.spec import Spec
 PRESETS: Final[Mapping[str, Spec]] = MappingProxyType(
     {
         # About 5M parameters: a first run in minutes.
-        "nano": Spec(
-            vocab_size=8192, seq_len=256, n_layers=4, d_model=256, n_heads=4, n_kv_heads=4, d_ff=704
-        ),
+        "nano": Spec(vocab_size=8192, seq_len=256, n_layers=4, d_model=256, n_heads=4, n_kv_heads=4, d_ff=704),
         # GPT-shaped, the shape of the speed benchmarks.
         "7m": Spec(
             vocab_size=8192,
@@ -37,12 +35,8 @@ PRESETS: Final[Mapping[str, Spec]] = MappingProxyType(
             mlp="gelu",
         ),
         # Llama-shaped with grouped-query attention, about the size of 30m.
-        "small": Spec(
-            vocab_size=16384, seq_len=512, n_layers=8, d_model=512, n_heads=8, n_kv_heads=4, d_ff=1408
-        ),
-        "100m": Spec(
-            vocab_size=32768, seq_len=1024, n_layers=12, d_model=768, n_heads=12, n_kv_heads=4, d_ff=2048
-        ),
+        "small": Spec(vocab_size=16384, seq_len=512, n_layers=8, d_model=512, n_heads=8, n_kv_heads=4, d_ff=1408),
+        "100m": Spec(vocab_size=32768, seq_len=1024, n_layers=12, d_model=768, n_heads=12, n_kv_heads=4, d_ff=2048),
         "1b": Spec(
             vocab_size=32768,
             seq_len=2048,

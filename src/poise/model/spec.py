@@ -68,9 +68,7 @@ class Part:
             raise UserError(f"a part needs a 'name', but got {dict(values)}; e.g. {{'name': 'none'}}")
         for key, value in rest.items():
             if not isinstance(value, str | int | float | bool):
-                raise UserError(
-                    f"field '{key}' of part '{name}' is {value!r}; give a string, number or boolean"
-                )
+                raise UserError(f"field '{key}' of part '{name}' is {value!r}; give a string, number or boolean")
         return cls.of(name, rest)
 
 
@@ -169,9 +167,7 @@ class Spec:
         if owner == method:
             raise Conflict(f"method '{method}' is applied twice; name it once")
         if owner is not None:
-            raise Conflict(
-                f"methods '{owner}' and '{method}' both claim the slot '{key}'; remove one of the two"
-            )
+            raise Conflict(f"methods '{owner}' and '{method}' both claim the slot '{key}'; remove one of the two")
         value = (*self.loss_terms, part) if slot == "loss_terms" else part
         methods = self.methods if method in self.methods else (*self.methods, method)
         changes: dict[str, Any] = {slot: value, "methods": methods, "claims": (*self.claims, (key, method))}

@@ -34,15 +34,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
-            raise UserError(
-                f"optim.name is {self.name!r}{nearest(self.name, RULES)}; use one of {', '.join(RULES)}"
-            )
+            raise UserError(f"optim.name is {self.name!r}{nearest(self.name, RULES)}; use one of {', '.join(RULES)}")
         if not (math.isfinite(self.lr) and self.lr > 0.0):
             raise UserError(f"optim.lr is {self.lr}; use a finite number above 0, e.g. 3e-3")
         if not (math.isfinite(self.clip_norm) and self.clip_norm >= 0.0):
-            raise UserError(
-                f"optim.clip_norm is {self.clip_norm}; use a finite number above 0, or 0 not to clip"
-            )
+            raise UserError(f"optim.clip_norm is {self.clip_norm}; use a finite number above 0, or 0 not to clip")
         _ = self.rule  # its own checks
 
     @property

@@ -110,9 +110,7 @@ class Chain(Optimizer):
     @overload
     def step(self, closure: Callable[[], float], *, max_norm: float | None = None) -> float: ...
     @torch.no_grad()
-    def step(
-        self, closure: Callable[[], float] | None = None, *, max_norm: float | None = None
-    ) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, *, max_norm: float | None = None) -> float | None:
         """Take one step, or none at all if the gradient is not finite.
 
         Args:
@@ -243,9 +241,7 @@ class Chain(Optimizer):
                 )
                 self._update(p, state, info, take, tighten)
 
-    def _update(
-        self, p: Tensor, state: dict[str, Tensor], info: Info, take: Tensor, tighten: Tensor | None
-    ) -> None:
+    def _update(self, p: Tensor, state: dict[str, Tensor], info: Info, take: Tensor, tighten: Tensor | None) -> None:
         """Compute one tensor's step on the side, then take it where ``take`` is true."""
         assert p.grad is not None
         dtype = working_dtype(p)
@@ -255,9 +251,7 @@ class Chain(Optimizer):
         trial = on_trial(state)
         u = run_links([link for link in self._links if link.stage != "weights"], u, trial, before, info)
         after = before - u * info.lr
-        after = run_links(
-            [link for link in self._links if link.stage == "weights"], after, trial, before, info
-        )
+        after = run_links([link for link in self._links if link.stage == "weights"], after, trial, before, info)
         p.copy_(torch.where(take, after.to(p.dtype), p))
         commit(take, state, trial, info.step)
 

@@ -62,9 +62,7 @@ class NormCache:
         """
         grads = [p.grad for p in params if p.grad is not None]
         if any(grad.is_sparse for grad in grads):
-            raise UserError(
-                "a gradient is sparse, which no link can handle; build the embedding with sparse=False"
-            )
+            raise UserError("a gradient is sparse, which no link can handle; build the embedding with sparse=False")
         if self._norm is None or not self._same(grads):
             self._norm = global_norm(grad.detach() for grad in grads)
             self._seen = [(TensorWeakRef(grad), _version(grad)) for grad in grads]
@@ -76,8 +74,7 @@ class NormCache:
 
     def _same(self, grads: list[Tensor]) -> bool:
         return len(grads) == len(self._seen) and all(
-            ref() is grad and version == _version(grad)
-            for grad, (ref, version) in zip(grads, self._seen, strict=True)
+            ref() is grad and version == _version(grad) for grad, (ref, version) in zip(grads, self._seen, strict=True)
         )
 
 

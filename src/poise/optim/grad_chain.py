@@ -90,8 +90,7 @@ class GradChain:
                 )
         self._state = {
             number: {
-                key: value.detach().to(device=self._params[number].device, copy=True)
-                for key, value in saved.items()
+                key: value.detach().to(device=self._params[number].device, copy=True) for key, value in saved.items()
             }
             for number, saved in state_dict["state"].items()
         }

@@ -39,9 +39,7 @@ def check_links(links: Sequence[Link], allowed: Sequence[Stage] = STAGES) -> Non
     for link in links:
         for key in link.init(torch.empty((), device="meta")):
             if key in owner:
-                raise UserError(
-                    f"'{link.name}' and {owner[key]} both keep a state called '{key}'; rename one"
-                )
+                raise UserError(f"'{link.name}' and {owner[key]} both keep a state called '{key}'; rename one")
             owner[key] = f"'{link.name}'"
 
 

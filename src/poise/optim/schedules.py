@@ -46,13 +46,9 @@ class ScheduleConfig:
         if self.warmup_steps < 0:
             raise UserError(f"optim.schedule.warmup_steps is {self.warmup_steps}; use 0 or more")
         if not 0.0 < self.decay_fraction <= 1.0:
-            raise UserError(
-                f"optim.schedule.decay_fraction is {self.decay_fraction}; use a share above 0, up to 1"
-            )
+            raise UserError(f"optim.schedule.decay_fraction is {self.decay_fraction}; use a share above 0, up to 1")
         if not 0.0 <= self.final_fraction <= 1.0:
-            raise UserError(
-                f"optim.schedule.final_fraction is {self.final_fraction}; use a share from 0 to 1"
-            )
+            raise UserError(f"optim.schedule.final_fraction is {self.final_fraction}; use a share from 0 to 1")
 
 
 def lr_at(step: int, total_steps: int, config: ScheduleConfig) -> float:

@@ -15,10 +15,12 @@ from typing import Any
 
 from poise.core.journal import read, timeline
 from poise.dashboard.compare import write_comparison
+from poise.studies.bare import BareAdamW
 from poise.studies.inject import Fault, Injector
 from poise.train.observers import Observer
 from poise.train.recipe import Recipe, load
 from poise.train.run import Progress, train
+from poise.train.state import Run
 
 FAULTS = (
     Fault("garbage_batch", at=90),
@@ -74,7 +76,7 @@ def run_demo(
         UserError: ``out`` holds a demonstration already, or a setting cannot be.
     """
     base = load("demo", over)
-    bare = base.replace("guard", enabled=False).replace("optim", skip_nonfinite=False)
+    bare = base.replace("guard", enabled=False)
     plan: list[tuple[str, Recipe, Sequence[Fault]]] = [
         ("clean", base, ()),
         ("bare", bare, faults),
@@ -91,7 +93,7 @@ def run_demo(
             folder,
             observers=observer(name),
             progress=progress,
-            before=Injector(strikes).attach,
+            before=_prepared_for(name, strikes),
             command="poise demo",
         )
         rows.append(row_of(name, folder))
@@ -104,6 +106,15 @@ def run_demo(
         "All faults are injected: " + "; ".join(f"batch {f.at}: {f.text}" for f in faults) + ".",
     )
     return Demo(tuple(rows), max(clean) - min(clean), page)
+
+
+def _prepared_for(name: str, faults: Sequence[Fault]) -> Callable[[Run], None]:
+    def before(run: Run) -> None:
+        if name == "bare":
+            run.optimizer = BareAdamW(run.optimizer, run.recipe.optim)  # type: ignore[assignment]
+        Injector(faults).attach(run)
+
+    return before
 
 
 def row_of(name: str, folder: Path) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from poise.hardware import distributed, precision, throughput
@@ -25,14 +26,16 @@ def budget(recipe: Recipe) -> dict[str, Any]:
     rate = throughput.matmul_rate(dtype, device)
     tokens = recipe.tokens_per_step * config.steps
     flops = counts.flops_per_token * tokens
+    name = str(dtype).removeprefix("torch.")
+    memory = counts.memory(config.micro_batch or config.batch_size, name, device.type)
     return {
         "recipe": recipe.name,
         "parameters": counts.params,
         "tokens": tokens,
         "tokens_per_parameter": round(tokens / counts.params, 2),
         "training_flops": flops,
-        "memory_bytes": counts.memory(config.micro_batch or config.batch_size, dtype),
-        "dtype": str(dtype).removeprefix("torch."),
+        "memory_bytes": {**dataclasses.asdict(memory), "total": memory.total},
+        "dtype": name,
         "matmul_flops_per_s": rate,
         "estimated_seconds": round(flops / (UTILISATION * rate), 1),
         "spec": spec.to_dict(),

@@ -70,16 +70,16 @@ def train(run: Run, stop: StopRequest | None = None) -> Outcome:
             note(run, decision)
             if run.host.halted is not None:
                 return end(run, "halted", run.host.halted)
-            step = run.position.step
-            if run.stop_agreed(asked.signal is not None):
-                save(run)
-                return end(run, "stopped", f"{asked.signal or 'another rank'} asked for it")
-            if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+            step, last = run.position.step, run.position.step == config.steps
+            if config.eval_every and (last or step % config.eval_every == 0):
                 evaluate(run)
+            stopping = run.stop_agreed(asked.signal is not None)
             save_due |= bool(config.save_every) and step % config.save_every == 0
-            if step == config.steps or (save_due and decision.action == "proceed"):
+            if last or stopping or (save_due and decision.action == "proceed"):
                 save(run)  # not in the middle of trouble: a checkpoint is what a rollback trusts
                 save_due = False
+            if stopping and not last:
+                return end(run, "stopped", f"{asked.signal or 'another rank'} asked for it")
     return end(run, "finished")
 
 
@@ -88,7 +88,9 @@ def evaluate(run: Run) -> float | None:
     if run.validation is None:
         return None
     config = run.recipe.train
-    value = validation_loss(run.model, run.validation, config.eval_batches, config.batch_size, run.world.device)
+    value = validation_loss(
+        run.model, run.validation, config.eval_batches, config.batch_size, run.world.device
+    )
     run.position.val_loss = value
     if run.journal is not None:
         run.journal.write("eval", step=run.position.step, loss=value)

@@ -6,8 +6,9 @@ A run is a folder: ``recipe.toml`` (every value, resolved), ``journal.jsonl``, `
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from poise.train import loop
 from poise.train.observers import Observer
 from poise.train.recipe import Recipe
 from poise.train.state import Run
+
+log = logging.getLogger("poise")
 
 JOURNAL_FORMAT = 1
 WORTH_COMPILING_S = 300.0
@@ -74,10 +77,12 @@ def train(
         (folder / "recipe.toml").write_text(configs.to_toml(recipe), encoding="utf-8")
     distributed.barrier()
     run = assemble(recipe, folder, tokens, world, observers)
-    _write_run_record(run, command)
-    if before is not None:
-        before(run)
-    return _finish(run, folder)
+    with _closing(run, folder):
+        _write_run_record(run, command)
+        if before is not None:
+            before(run)
+        run.store.begin_attempt(0)
+        return loop.train(run)
 
 
 def resume(
@@ -101,22 +106,9 @@ def resume(
     tokens = open_tokens(Path(recipe.data.dir))
     check(recipe, tokens, world)
     run = assemble(recipe, folder, tokens, world, observers)
-    if run.store.steps():
-        loaded = run.restore(run.store.resume_limit())
-        for line in loaded.rejected:
-            run.tell("on_note", line)
-        reason, damaged = f"resumed from step {loaded.step}", loaded.rejected
-    else:
-        reason, damaged = "no checkpoint yet: started again from step 0", []
-    run.store.begin_attempt(run.position.step)
-    if run.journal is not None:
-        if over:
-            (folder / "recipe.toml").write_text(configs.to_toml(recipe), encoding="utf-8")
-        if not any(record["type"] == "run" for record in records):
-            _write_run_record(run, command)
-        run.journal.write("restart", step=run.position.step, reason=reason, damaged_checkpoints=damaged)
-    run.tell("on_note", reason)
-    return _finish(run, folder)
+    with _closing(run, folder):
+        _take_up(run, folder, records, over, command)
+        return loop.train(run)
 
 
 def finished(records: Sequence[Mapping[str, Any]], recipe: Recipe) -> bool:
@@ -128,13 +120,17 @@ def finished(records: Sequence[Mapping[str, Any]], recipe: Recipe) -> bool:
 def read_recipe(folder: Path, over: Mapping[str, Any] | None = None) -> Recipe:
     """Read a run folder's recipe; ``over`` may change what a checkpoint does not fix."""
     if not (folder / "recipe.toml").is_file():
-        raise UserError(f"'{folder}' is not a run: it has no recipe.toml; give the folder that poise train wrote")
+        raise UserError(
+            f"'{folder}' is not a run: it has no recipe.toml; give the folder that poise train wrote"
+        )
     values = configs.load(folder / "recipe.toml")
     recipe = configs.build(Recipe, configs.merge(values, over or {}))
     fixed = configs.build(Recipe, values)
     for section in ("seed", "model", "data"):
         if getattr(recipe, section) != getattr(fixed, section):
-            raise UserError(f"a resumed run cannot change '{section}'; start a new run: poise train ... --{section}")
+            raise UserError(
+                f"a resumed run cannot change '{section}'; start a new run: poise train ... --{section}"
+            )
     for key in ("seq_len", "batch_size", "dtype"):
         if getattr(recipe.train, key) != getattr(fixed.train, key):
             raise UserError(f"a resumed run cannot change 'train.{key}'; start a new run for that")
@@ -234,12 +230,6 @@ def assemble(
     )
 
 
-def reproduce_command(words: Sequence[str] = ()) -> str:
-    """Return the command line as a user would type it."""
-    words = list(words) or sys.argv
-    return " ".join(["poise", *words[1:]])
-
-
 def _write_run_record(run: Run, command: str) -> None:
     if run.journal is None:
         return
@@ -256,13 +246,43 @@ def _write_run_record(run: Run, command: str) -> None:
     run.tell("on_start", record)
 
 
-def _finish(run: Run, folder: Path) -> loop.Outcome:
+def _take_up(
+    run: Run, folder: Path, records: Sequence[Mapping[str, Any]], over: Mapping[str, Any] | None, command: str
+) -> None:
+    """Bring an assembled run to where its newest verified checkpoint is, and say so in the journal."""
+    reason, damaged = "no checkpoint yet: started again from step 0", list[str]()
+    if run.store.steps():
+        loaded = run.restore(run.store.resume_limit())
+        reason, damaged = f"resumed from step {loaded.step}", loaded.rejected
+    run.store.begin_attempt(run.position.step)
+    for line in [*damaged, reason]:
+        run.tell("on_note", line)
+    if run.journal is None:
+        return
+    if over:
+        (folder / "recipe.toml").write_text(configs.to_toml(run.recipe), encoding="utf-8")
+    if over or not any(record["type"] == "run" for record in records):
+        _write_run_record(run, command)
+    else:
+        run.tell("on_start", next(r for r in reversed(records) if r["type"] == "run"))
+    run.journal.write("restart", step=run.position.step, reason=reason, damaged_checkpoints=damaged)
+
+
+@contextmanager
+def _closing(run: Run, folder: Path) -> Iterator[None]:
+    """Note how an attempt died, close the journal and write the report, however the run ends."""
     try:
-        return loop.train(run)
+        yield
+    except BaseException as error:
+        run.store.end_attempt(type(error).__name__)
+        raise
     finally:
         if run.journal is not None:
             run.journal.close()
-            write_report(folder)
+            try:
+                write_report(folder)
+            except OSError as error:  # a full disk must not hide how the run ended
+                log.warning("no report: %s", error)
 
 
 def _new_folder(folder: Path) -> None:
@@ -274,7 +294,6 @@ def _new_folder(folder: Path) -> None:
             f"or choose another folder with --out"
         ) from None
     except OSError as error:
-        raise UserError(f"cannot make the run folder '{folder}': {error.strerror}; choose another with --out") from None
-
-
-__all__ = ["assemble", "read_recipe", "resume", "train"]
+        raise UserError(
+            f"cannot make the run folder '{folder}': {error.strerror}; choose another with --out"
+        ) from None

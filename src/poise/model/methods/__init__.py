@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol
 
 from poise.core.errors import Conflict, UserError, nearest
 from poise.core.registry import Card
+from poise.model.settings import checked, split
 from poise.model.spec import Spec, Value
 
 METHODS: Final[Mapping[str, str]] = {
@@ -44,9 +44,7 @@ def load(name: str) -> Method:
         UserError: no method of this name.
     """
     if name not in METHODS:
-        raise UserError(
-            f"no model method '{name}'{nearest(name, METHODS)}; there are {', '.join(sorted(METHODS))}"
-        )
+        raise UserError(f"no model method '{name}'{nearest(name, METHODS)}; there are {', '.join(sorted(METHODS))}")
     return typing.cast(Method, importlib.import_module(f"{__name__}.{METHODS[name]}"))
 
 
@@ -67,14 +65,14 @@ def apply_methods(spec: Spec, wanted: Iterable[str] | Mapping[str, Mapping[str, 
         UserError: an unknown method or setting, or a value that does not fit.
         Conflict: two methods claim one slot, one excludes the other, or one is named twice.
     """
-    pairs = wanted.items() if isinstance(wanted, Mapping) else [_split(text) for text in wanted]
+    pairs = wanted.items() if isinstance(wanted, Mapping) else [split(text) for text in wanted]
     for name, given in pairs:
         method = load(name)
         for earlier in spec.methods:
             reason = method.EXCLUDES.get(earlier) or load(earlier).EXCLUDES.get(name)
             if reason:
                 raise Conflict(f"methods '{earlier}' and '{name}' exclude each other: {reason}; remove one")
-        spec = method.apply(spec, **_settings(name, method.apply, given))
+        spec = method.apply(spec, **checked(name, method.apply, given))
     return spec
 
 
@@ -108,37 +106,3 @@ def table_markdown() -> str:
         ]
         lines += [f"- Not with `{other}`: {why}" for other, why in load(card.name).EXCLUDES.items()]
     return "\n".join(lines) + "\n"
-
-
-def _split(text: str) -> tuple[str, dict[str, Value]]:
-    """Read ``name:key=value,key=value``; a value is read as TOML, else as text."""
-    name, _, rest = text.partition(":")
-    given: dict[str, Value] = {}
-    for pair in filter(None, rest.split(",")):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"setting '{pair}' of method '{name}' has no value; write {name}:{pair}=VALUE")
-        try:
-            given[key.strip()] = tomllib.loads(f"x = {value}")["x"]
-        except tomllib.TOMLDecodeError:
-            given[key.strip()] = value
-    return name, given
-
-
-def _settings(name: str, apply: Callable[..., Spec], given: Mapping[str, Value]) -> dict[str, Value]:
-    """Check settings against the typed keywords of ``apply``; whole numbers pass as floats."""
-    hints = typing.get_type_hints(apply)
-    known = [p.name for p in inspect.signature(apply).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    checked: dict[str, Value] = {}
-    for key, value in given.items():
-        if key not in known:
-            there_are = f"it has {', '.join(known)}" if known else "it has none"
-            raise UserError(f"method '{name}' has no setting '{key}'{nearest(key, known)}; {there_are}")
-        kinds = set(typing.get_args(hints[key]) or (hints[key],))
-        if float in kinds and type(value) is int:
-            value = float(value)
-        if type(value) not in kinds:
-            wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
-            raise UserError(f"setting '{key}' of method '{name}' is {value!r}; give a value of type {wanted}")
-        checked[key] = value
-    return checked
