@@ -4,13 +4,13 @@ The (rows, V) logits of a whole batch are the largest tensor of a small model's 
 chunk at a time: the forward pass computes a chunk's logits, its loss and at once its share of the
 gradients of the hidden states and of the head, and the chunk is forgotten. The backward pass only scales.
 
-Shapes: N rows (all positions of a micro-batch), C rows of one chunk, D width, V vocabulary,
-1 a kept dimension.
+Shapes: N rows (all positions of a micro-batch), C rows of one chunk, R rows of one block of a chunk, D width,
+V vocabulary, 1 a kept dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -20,8 +20,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from poise.core.types import IGNORE
 from poise.model.layers import Same
 
-CHUNK_BYTES: Final = {"cpu": 16 << 20, "cuda": 256 << 20}
-"""Default budget for one chunk's fp32 logits: on a CPU they should stay near the caches."""
+CHUNK_BYTES: Final = {"cpu": 32 << 20, "cuda": 256 << 20}
+"""Default budget for one chunk's fp32 logits; a chunk is what one matrix product works on."""
+
+BLOCK_BYTES: Final = 4 << 20
+"""Budget for the fp32 logits that the softmax works on at once on a CPU: about a second-level cache."""
 
 
 class LossOutput(NamedTuple):
@@ -105,22 +108,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         token_N = hidden_ND.new_empty(targets_N.shape, dtype=work.exact)
         sums = hidden_ND.new_zeros(1 + len(terms), dtype=work.exact)
         for start in range(0, len(targets_N), rows):
-            at = slice(start, start + rows)
-            valid_C1, target_C1 = valid_N[at, None], safe_N[at, None]
-            logits_CV, pull = _transformed(work.logits(at), transform)
-            target_logit_C1 = logits_CV.gather(1, target_C1)
-            probs_CV, top_C1, log_sum_C1 = _softmax(logits_CV)
-            log_z_C1 = top_C1 + log_sum_C1
-            ce_C1 = (top_C1 - target_logit_C1 + log_sum_C1) * valid_C1  # no large numbers cancel
-            values, slope_C1 = _terms(terms, log_z_C1)
-            token_N[at] = ce_C1[:, 0]
-            sums += torch.stack([(value * valid_C1).sum() for value in (log_z_C1, *values)])
+            chunk = slice(start, min(start + rows, len(targets_N)))
+            raw_CV = work.logits(chunk)
+            for at in work.blocks(chunk):
+                valid_R1, target_R1 = valid_N[at, None], safe_N[at, None]
+                logits_RV, pull = _transformed(work.exact_logits(raw_CV, chunk, at), transform)
+                target_logit_R1 = logits_RV.gather(1, target_R1)
+                probs_RV, top_R1, log_sum_R1 = _softmax(logits_RV)
+                log_z_R1 = top_R1 + log_sum_R1
+                ce_R1 = (top_R1 - target_logit_R1 + log_sum_R1) * valid_R1  # no large numbers cancel
+                values, slope_R1 = _terms(terms, log_z_R1)
+                token_N[at] = ce_R1[:, 0]
+                sums += torch.stack([(value * valid_R1).sum() for value in (log_z_R1, *values)])
+                if work.wants_grad:
+                    # d loss / d logits = softmax (1 + slope) - onehot. At the target the two are joined with
+                    # expm1: where the model is sure of it, 1 - p is what is left of two nearly equal numbers.
+                    at_target_R1 = valid_R1 * (slope_R1 * torch.exp(-ce_R1) + torch.expm1(-ce_R1))
+                    dlogits_RV = probs_RV.mul_(valid_R1 * (1 + slope_R1)).scatter_(1, target_R1, at_target_R1)
+                    raw_CV[at.start - start : at.stop - start] = pull(dlogits_RV)
             if work.wants_grad:
-                # d loss / d logits = softmax (1 + slope) - onehot. At the target the two are joined with
-                # expm1: where the model is sure of it, 1 - p is what is left of two nearly equal numbers.
-                at_target_C1 = valid_C1 * (slope_C1 * torch.exp(-ce_C1) + torch.expm1(-ce_C1))
-                dlogits_CV = probs_CV.mul_(valid_C1 * (1 + slope_C1)).scatter_(1, target_C1, at_target_C1)
-                work.add_gradients(at, pull(dlogits_CV))
+                work.add_gradients(chunk, raw_CV)
         count = valid_N.sum().clamp(min=1).to(work.exact)
         ce, means = token_N.sum() / count, sums / count
         ctx.save_for_backward(count, work.dhidden_ND, work.dweight_VD)  # type: ignore[arg-type]
@@ -149,25 +156,33 @@ class _Work:
         self.hidden_ND, self.weight_VD = hidden_ND, weight_VD.to(hidden_ND.dtype)
         self.exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         self.wants_grad = grad_hidden or grad_weight
-        shape = (min(rows, len(hidden_ND)), len(weight_VD))
-        self.raw_CV = hidden_ND.new_empty(shape)
+        rows, vocab = min(rows, len(hidden_ND)), len(weight_VD)
+        self.raw_CV = hidden_ND.new_empty(rows, vocab)
         self.narrow = hidden_ND.dtype != self.exact
-        self.wide_CV = hidden_ND.new_empty(shape, dtype=self.exact) if self.narrow else self.raw_CV
+        self.block_rows = min(rows, chunk_rows(vocab, BLOCK_BYTES)) if hidden_ND.device.type == "cpu" else rows
+        self.wide_RV = hidden_ND.new_empty(self.block_rows, vocab, dtype=self.exact) if self.narrow else None
         self.dhidden_ND = torch.empty_like(hidden_ND) if grad_hidden else None
         self.dweight_VD = weight_VD.new_zeros(weight_VD.shape, dtype=self.exact) if grad_weight else None
         self.share_VD = torch.empty_like(self.weight_VD) if grad_weight and self.narrow else None
 
-    def logits(self, at: slice) -> Tensor:
-        """Return a chunk's logits in at least fp32; the buffer is overwritten by the next chunk."""
-        hidden_CD = self.hidden_ND[at]
-        raw_CV = torch.mm(hidden_CD, self.weight_VD.t(), out=self.raw_CV[: len(hidden_CD)])
-        return self.wide_CV[: len(hidden_CD)].copy_(raw_CV) if self.narrow else raw_CV
+    def logits(self, chunk: slice) -> Tensor:
+        """Return a chunk's logits in the compute dtype; the next chunk overwrites them."""
+        hidden_CD = self.hidden_ND[chunk]
+        return torch.mm(hidden_CD, self.weight_VD.t(), out=self.raw_CV[: len(hidden_CD)])
+
+    def blocks(self, chunk: slice) -> Iterator[slice]:
+        """Yield the rows of a chunk a few at a time: what is done to each logit stays in the CPU's cache."""
+        for start in range(chunk.start, chunk.stop, self.block_rows):
+            yield slice(start, min(start + self.block_rows, chunk.stop))
+
+    def exact_logits(self, raw_CV: Tensor, chunk: slice, at: slice) -> Tensor:
+        """Return a block of the chunk's logits in at least fp32; the next block overwrites them."""
+        raw_RV = raw_CV[at.start - chunk.start : at.stop - chunk.start]
+        return raw_RV if self.wide_RV is None else self.wide_RV[: len(raw_RV)].copy_(raw_RV)
 
     def add_gradients(self, at: slice, dlogits_CV: Tensor) -> None:
         """Turn a chunk's logit gradient into its part of both gradients, not yet divided by the count."""
         hidden_CD = self.hidden_ND[at]
-        if self.narrow:
-            dlogits_CV = self.raw_CV[: len(hidden_CD)].copy_(dlogits_CV)
         if self.dhidden_ND is not None:
             torch.mm(dlogits_CV, self.weight_VD, out=self.dhidden_ND[at])
         if self.share_VD is not None and self.dweight_VD is not None:
@@ -176,34 +191,34 @@ class _Work:
             self.dweight_VD.addmm_(dlogits_CV.t(), hidden_CD)
 
 
-def _softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return probabilities, m = max(logits) and log(sum(exp(logits - m))); the logits' memory may be reused.
 
     The largest probability is 1 / sum(exp(logits - m)), so the sum needs no second pass of exponentials, and
     nothing underflows: that probability is at least 1 / V.
     """
-    top_C1 = logits_CV.amax(-1, keepdim=True)
-    in_place = logits_CV if logits_CV.device.type == "cpu" else None
-    probs_CV = torch.softmax(logits_CV, -1, out=in_place)
-    return probs_CV, top_C1, -probs_CV.amax(-1, keepdim=True).log()
+    top_R1 = logits_RV.amax(-1, keepdim=True)
+    in_place = logits_RV if logits_RV.device.type == "cpu" else None
+    probs_RV = torch.softmax(logits_RV, -1, out=in_place)
+    return probs_RV, top_R1, -probs_RV.amax(-1, keepdim=True).log()
 
 
-def _transformed(wide_CV: Tensor, transform: nn.Module | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _transformed(wide_RV: Tensor, transform: nn.Module | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return the transformed logits and the function that takes their gradient back through the transform."""
     if transform is None:
-        return wide_CV, lambda gradient: gradient
+        return wide_RV, lambda gradient: gradient
     with torch.enable_grad():
-        leaf_CV = wide_CV.detach().requires_grad_()
-        out_CV = transform(leaf_CV)
-    return out_CV.detach().clone(), lambda gradient: torch.autograd.grad(out_CV, leaf_CV, gradient)[0]
+        leaf_RV = wide_RV.detach().requires_grad_()
+        out_RV = transform(leaf_RV)
+    return out_RV.detach().clone(), lambda gradient: torch.autograd.grad(out_RV, leaf_RV, gradient)[0]
 
 
-def _terms(terms: Sequence[nn.Module], log_z_C1: Tensor) -> tuple[list[Tensor], Tensor]:
+def _terms(terms: Sequence[nn.Module], log_z_R1: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return each term's values and the slope of their sum with respect to log Z."""
     if not terms:
-        return [], torch.zeros_like(log_z_C1)
+        return [], torch.zeros_like(log_z_R1)
     with torch.enable_grad():
-        leaf_C1 = log_z_C1.detach().requires_grad_()
-        values = [term(leaf_C1) for term in terms]
-        (slope_C1,) = torch.autograd.grad(torch.stack(values).sum(), leaf_C1)
-    return [value.detach() for value in values], slope_C1
+        leaf_R1 = log_z_R1.detach().requires_grad_()
+        values = [term(leaf_R1) for term in terms]
+        (slope_R1,) = torch.autograd.grad(torch.stack(values).sum(), leaf_R1)
+    return [value.detach() for value in values], slope_R1
