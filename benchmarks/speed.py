@@ -1,6 +1,7 @@
 """Training speed against HF transformers Llama, litgpt and a nanoGPT-style loop, interleaved on one machine.
 
-    pip install -c constraints.txt -e '.[train,bench]'
+    pip install -c constraints.txt -e '.[train]' && pip install transformers lightning 'jsonargparse[signatures]'
+    pip install --no-deps litgpt      # its pins of other packages contradict those of transformers
     python benchmarks/speed.py --size 7m          # or 30m; --threads 2 --rounds 9
 
 Every contender trains the same shape on the same tokens: forward, backward, clip at 1.0, AdamW. "documented" is
@@ -212,9 +213,13 @@ def report(options, eager, speed: dict[str, list[float]], rates: list[float]) ->
 
     counts = count(eager.model.spec)
     rate = statistics.median(rates)
-    print(f"\nsize {options.size}: {counts.params / 1e6:.1f}M parameters, {counts.flops_per_token / 1e6:.1f} MFLOP/token, "
-          f"{options.threads} threads, {options.rounds} rounds of {options.steps} steps, torch {torch.__version__}")  # fmt: skip
-    print(f"bf16 matrix product: median {rate / 1e9:.0f} GFLOP/s (min {min(rates) / 1e9:.0f}, max {max(rates) / 1e9:.0f})")
+    print(
+        f"\nsize {options.size}: {counts.params / 1e6:.1f}M parameters, "
+        f"{counts.flops_per_token / 1e6:.1f} MFLOP/token, {options.threads} threads, "
+        f"{options.rounds} rounds of {options.steps} steps, torch {torch.__version__}"
+    )
+    low, high = min(rates) / 1e9, max(rates) / 1e9
+    print(f"bf16 matrix product: median {rate / 1e9:.0f} GFLOP/s (min {low:.0f}, max {high:.0f})")
     ours = [name for name in speed if name.startswith("poise")]
     print(f"{'':26}{'tokens/s median':>16}{'best':>8}{'of product':>12}" + "".join(f"{o + ' /':>20}" for o in ours))
     for name, values in speed.items():

@@ -9,9 +9,23 @@ import pytest
 
 from poise.cli.main import main
 
-SMALL = ["--train.steps", "3", "--optim.schedule.warmup_steps", "1", "--train.batch_size", "2", "--train.seq_len", "32", "--train.compile", "off",
-         "--model.n_layers", "1", "--model.d_model", "32", "--model.n_heads", "2", "--data.vocab_size", "512",
-         "--train.eval_every", "0", "--train.dtype", "fp32"]  # fmt: skip
+SMALL = [
+    word
+    for key, value in {
+        "train.steps": "3",
+        "train.batch_size": "2",
+        "train.seq_len": "32",
+        "train.compile": "off",
+        "train.eval_every": "0",
+        "train.dtype": "fp32",
+        "optim.schedule.warmup_steps": "1",
+        "model.n_layers": "1",
+        "model.d_model": "32",
+        "model.n_heads": "2",
+        "data.vocab_size": "512",
+    }.items()
+    for word in (f"--{key}", value)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +78,7 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], *says: str) -> s
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
-def test_mistakes(
-    words: list[str], says: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_mistakes(words: list[str], says: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fails(words, capsys, *says)
     assert not list(tmp_path.glob("runs/*")), "a mistake must not leave a run folder behind"
 
@@ -96,9 +108,7 @@ def test_only_binary_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     fails(["train", "--data", "bin", *SMALL], capsys)
 
 
-def test_vocabulary_larger_than_the_data_supports(
-    capsys: pytest.CaptureFixture[str], text_folder: Path
-) -> None:
+def test_vocabulary_larger_than_the_data_supports(capsys: pytest.CaptureFixture[str], text_folder: Path) -> None:
     fails(["train", "--data", str(text_folder), *SMALL, "--data.vocab_size", "60000"], capsys, "60000")
 
 
@@ -115,9 +125,7 @@ def test_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tokens_dir: 
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
-def test_run_folder_that_cannot_be_made(
-    capsys: pytest.CaptureFixture[str], tokens_dir: Path, tmp_path: Path
-) -> None:
+def test_run_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tokens_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     fails(
         ["train", "--data", str(tokens_dir), "--out", "file/run", *SMALL],
@@ -126,9 +134,7 @@ def test_run_folder_that_cannot_be_made(
     )
 
 
-def test_a_good_run_and_its_summary(
-    capsys: pytest.CaptureFixture[str], tokens_dir: Path, tmp_path: Path
-) -> None:
+def test_a_good_run_and_its_summary(capsys: pytest.CaptureFixture[str], tokens_dir: Path, tmp_path: Path) -> None:
     assert main(["train", "--data", str(tokens_dir), "--out", "good", *SMALL]) == 0
     out = capsys.readouterr()
     assert "report.html" in out.out and "poise resume good" in out.out

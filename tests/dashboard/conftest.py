@@ -70,9 +70,7 @@ class Maker:
                 self.add("eval", step=step, loss=decay(step, self.rng) + 0.05)
                 self.add("save", step=step, path=f"checkpoints/{step}", seconds=0.2, bytes=42_000_000)
 
-    def alarm(
-        self, step: int, action: str, kind: str = "fast_spike", value: float = 30.0, **fields: Any
-    ) -> None:
+    def alarm(self, step: int, action: str, kind: str = "fast_spike", value: float = 30.0, **fields: Any) -> None:
         self.add(
             "event",
             step=step,
@@ -105,10 +103,7 @@ class Maker:
 
 def _encode(record: Record) -> Record:
     names = {math.inf: "inf", -math.inf: "-inf"}
-    return {
-        k: v if not isinstance(v, float) or math.isfinite(v) else names.get(v, "nan")
-        for k, v in record.items()
-    }
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else names.get(v, "nan") for k, v in record.items()}
 
 
 def healthy(total: int = 400) -> Maker:
@@ -187,9 +182,7 @@ def crashed() -> Maker:
 @pytest.fixture
 def made() -> Callable[..., Maker]:
     """Return a maker of journals by name, e.g. ``made("spiked")``."""
-    kinds: dict[str, Callable[..., Maker]] = {
-        f.__name__: f for f in (healthy, spiked, with_nan, rolled_back, crashed)
-    }
+    kinds: dict[str, Callable[..., Maker]] = {f.__name__: f for f in (healthy, spiked, with_nan, rolled_back, crashed)}
 
     def make(name: str, **options: Any) -> Maker:
         return kinds[name](**options)

@@ -65,9 +65,7 @@ def test_page_loads_nothing(made, tmp_path):
 
 def test_page_says_what_happened(made, tmp_path):
     _, seen, figures = page(made("spiked").write(tmp_path / "run"))
-    assert re.search(
-        r"Finished 400 of 400 steps; loss 8\.\d\d → 3\.\d\d; 2 events, 2 skipped steps, 0 rollbacks", seen
-    )
+    assert re.search(r"Finished 400 of 400 steps; loss 8\.\d\d → 3\.\d\d; 2 events, 2 skipped steps, 0 rollbacks", seen)
     for part in (
         "10.6M",
         "1.64M",

@@ -23,9 +23,7 @@ def test_figures_of_a_healthy_run(made):
     assert summary.wall_s == pytest.approx(maker.records[-1]["time"] - maker.records[0]["time"])
     assert summary.productive == pytest.approx(sum(r["seconds"] for r in steps) / summary.wall_s)
     assert 0.97 < summary.productive < 1
-    assert (
-        min(r["tokens_per_s"] for r in steps) < summary.tokens_per_s < max(r["tokens_per_s"] for r in steps)
-    )
+    assert min(r["tokens_per_s"] for r in steps) < summary.tokens_per_s < max(r["tokens_per_s"] for r in steps)
     evals = [r["loss"] for r in maker.records if r["type"] == "eval"]
     assert (summary.eval_last, summary.eval_best) == (evals[-1], min(evals))
     assert (summary.events, summary.skipped, summary.rollbacks, summary.lost_steps) == (0, 0, 0, 0)

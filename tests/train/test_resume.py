@@ -144,9 +144,7 @@ def test_resume_refuses_what_a_checkpoint_fixes(straight: Path, over: dict[str, 
         resume(straight, over)
 
 
-def test_a_checkpoint_from_another_recipe_is_refused(
-    tiny: dict[str, Any], straight: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_from_another_recipe_is_refused(tiny: dict[str, Any], straight: Path, tmp_path: Path) -> None:
     other = {**tiny, "model": {**tiny["model"], "n_layers": 1}}
     folder = tmp_path / "run"
     train(load("nano", other), folder, observers=[Stopper(2)])

@@ -48,12 +48,8 @@ def parse(parser: Parser, words: Sequence[str]) -> tuple[argparse.Namespace, dic
     values = config.overrides(recipe)
     arguments, unknown = parser.parse_known_args(own)
     if unknown:
-        options = [o for action in parser._actions for o in action.option_strings] + [
-            f"--{n}" for n in leaves
-        ]
-        raise UserError(
-            f"unknown argument '{unknown[0]}'{nearest(unknown[0], options)}; see {parser.prog} --help"
-        )
+        options = [o for action in parser._actions for o in action.option_strings] + [f"--{n}" for n in leaves]
+        raise UserError(f"unknown argument '{unknown[0]}'{nearest(unknown[0], options)}; see {parser.prog} --help")
     return arguments, values
 
 

@@ -18,28 +18,18 @@ def main(words: Sequence[str]) -> int:
         print("example:\n  poise data prepare my-notes/ --out notes-tokens --vocab-size 8192")
         return 0
     if words[0] not in actions:
-        raise UserError(
-            f"unknown action 'data {words[0]}'{nearest(words[0], actions)}; use prepare or inspect"
-        )
+        raise UserError(f"unknown action 'data {words[0]}'{nearest(words[0], actions)}; use prepare or inspect")
     return actions[words[0]](words[1:])
 
 
 def _prepare(words: Sequence[str]) -> int:
-    parser = Parser(
-        "data prepare", "Turn text into tokens on disk.", "poise data prepare my-notes/ --out notes-tokens"
-    )
-    parser.add_argument(
-        "source", help="file, folder, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, hf:NAME or stdlib"
-    )
+    parser = Parser("data prepare", "Turn text into tokens on disk.", "poise data prepare my-notes/ --out notes-tokens")
+    parser.add_argument("source", help="file, folder, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, hf:NAME or stdlib")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the cache folder)")
-    parser.add_argument(
-        "--vocab-size", type=int, default=8192, metavar="N", help="ids of the BPE to train (8192)"
-    )
+    parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="ids of the BPE to train (8192)")
     parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of training one")
     parser.add_argument("--val-fraction", type=float, default=0.01, metavar="X", help="held-out share (0.01)")
-    parser.add_argument(
-        "--text-field", default="text", metavar="NAME", help="field of .jsonl and .parquet (text)"
-    )
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of .jsonl and .parquet (text)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(list(words))
 

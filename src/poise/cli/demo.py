@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,34 +24,31 @@ def main(words: Sequence[str]) -> int:
         "a gradient. Takes a few minutes on two cores.",
         "poise demo --out runs/demo",
     )
-    parser.add_argument(
-        "--out", metavar="DIR", help="where the five runs go (default: the next free runs/demo)"
-    )
+    parser.add_argument("--out", metavar="DIR", help="where the five runs go (default: the next free runs/demo)")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     arguments, over = parse(parser, words)
     out = Path(arguments.out) if arguments.out else next_free(Path("runs") / "demo")
 
     from poise.cli.terminal import PrepareProgress, Terminal
+    from poise.core.journal import to_json
     from poise.studies.demo import run_demo
 
     progress = PrepareProgress()
-    try:
-        demo = run_demo(out, over=over, observer=lambda name: [Terminal(name)], progress=progress)
-    finally:
-        progress.close()
+    demo = run_demo(out, over=over, observer=lambda name: Terminal(name, progress), progress=progress)
     if arguments.json:
-        print(json.dumps({**dataclasses.asdict(demo), "page": str(demo.page)}))
+        print(to_json({**dataclasses.asdict(demo), "page": str(demo.page)}))
     else:
         _show(demo)
     return 0
 
 
 def _show(demo: Demo) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="The same model, data, seed and injected faults")
-    for column in ("run", "final loss", "validation", "worst loss", "skipped", "rollbacks", "outcome"):
+    table = Table(box=box.SIMPLE_HEAD, title="The same model, data, seed and injected faults")
+    for column in ("run", "final loss", "validation", "worst", "skipped", "rollbacks", "outcome"):
         table.add_column(column, justify="left" if column in ("run", "outcome") else "right")
     for row in demo.rows:
         figures = [f"{x:.3f}" for x in (row.final_loss, row.val_loss, row.worst_loss)]

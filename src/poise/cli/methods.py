@@ -13,12 +13,8 @@ from poise.core.registry import Card, cards_of
 
 def main(words: Sequence[str]) -> int:
     """List the cards, or show one."""
-    parser = Parser(
-        "methods", "List the stability methods that recipes can name.", "poise methods show qk_norm"
-    )
-    parser.add_argument(
-        "what", nargs="*", metavar="show NAME", help="show NAME: all that is known of one method"
-    )
+    parser = Parser("methods", "List the stability methods that recipes can name.", "poise methods show qk_norm")
+    parser.add_argument("what", nargs="*", metavar="show NAME", help="show NAME: all that is known of one method")
     parser.add_argument("--json", action="store_true", help="print the cards as JSON")
     arguments = parser.parse_args(list(words))
     cards = all_cards()
@@ -46,6 +42,4 @@ def all_cards() -> dict[str, Card]:
     from poise import guard, optim
     from poise.model import methods
 
-    return {
-        card.name: card for card in [*methods.cards(), *cards_of(optim.METHODS), *cards_of(guard.METHODS)]
-    }
+    return {card.name: card for card in [*methods.cards(), *cards_of(optim.METHODS), *cards_of(guard.METHODS)]}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from poise.core.journal import read
+from poise.core.journal import read, to_json
 from poise.dashboard.live import Bar, Display
 from poise.dashboard.summary import render_text, summarise
 from poise.hardware.throughput import Meter
@@ -18,12 +19,14 @@ from poise.train.observers import Observer, StepReport
 class Terminal(Observer):
     """Shows a live line on a terminal, plain lines when piped. Writes to standard error."""
 
-    def __init__(self, title: str = "") -> None:
+    def __init__(self, title: str = "", progress: PrepareProgress | None = None) -> None:
         self._title = title
+        self.progress = progress or PrepareProgress()
         self._display: Display | None = None
         self._meter: Meter | None = None
 
     def on_start(self, run_record: Mapping[str, Any]) -> None:
+        self.progress.close()
         parameters = run_record.get("parameters", 0) / 1e6
         recipe = run_record["recipe"]
         about = (
@@ -78,9 +81,10 @@ class PrepareProgress:
         self._bar.update(done, total)
 
     def close(self) -> None:
+        """End the line of the last stage."""
         if self._bar is not None:
             self._bar.close()
-            self._bar = None
+            self._bar, self._stage = None, ""
 
 
 def show_summary(folder: Path, next_commands: list[str]) -> None:
@@ -88,8 +92,7 @@ def show_summary(folder: Path, next_commands: list[str]) -> None:
     print(render_text(summarise(read(folder / "journal.jsonl")), folder, next_commands))
 
 
-def summary_json(folder: Path) -> dict[str, Any]:
-    """Return the same figures for a program."""
-    import dataclasses
-
-    return dataclasses.asdict(summarise(read(folder / "journal.jsonl")))
+def summary_json(folder: Path, outcome: str) -> str:
+    """Return the same figures for a program, as one line of JSON."""
+    figures = dataclasses.asdict(summarise(read(folder / "journal.jsonl")))
+    return to_json({"run": str(folder), "outcome": outcome, **figures})

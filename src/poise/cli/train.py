@@ -27,9 +27,7 @@ def main(words: Sequence[str]) -> int:
         recipe_help() if {"-h", "--help"} & set(words) else "",
     )
     parser.add_argument("recipe", nargs="?", default="nano", help="a TOML file, or nano, small, 100m, 1b")
-    parser.add_argument(
-        "--data", metavar="PATH", help="text to train on: file, folder, .jsonl, .parquet, hf:NAME"
-    )
+    parser.add_argument("--data", metavar="PATH", help="text to train on: file, folder, .jsonl, .parquet, hf:NAME")
     parser.add_argument("--out", metavar="DIR", help="the new run folder (default: the next free runs/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print size, memory and budget; train nothing")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -44,20 +42,20 @@ def main(words: Sequence[str]) -> int:
         return _dry_run(recipe, as_json=arguments.json)
     out = Path(arguments.out) if arguments.out else next_free(Path("runs") / recipe.name)
 
-    from poise.cli.terminal import PrepareProgress, Terminal
+    from poise.cli.terminal import Terminal
     from poise.train.run import train
 
-    progress = PrepareProgress()
+    terminal = Terminal()
     try:
         outcome = train(
             recipe,
             out,
-            observers=[Terminal()],
-            progress=progress,
+            observers=[terminal],
+            progress=terminal.progress,
             command=shlex.join(["poise", "train", *words]),
         )
     finally:
-        progress.close()
+        terminal.progress.close()
     return finish(outcome, out, as_json=arguments.json)
 
 
@@ -68,7 +66,7 @@ def finish(outcome: Outcome, out: Path, *, as_json: bool) -> int:
 
     if rank() == 0:
         if as_json:
-            print(json.dumps({"run": str(out), "outcome": outcome.reason, **summary_json(out)}))
+            print(summary_json(out, outcome.reason))
         else:
             show_summary(out, next_commands(outcome, out))
     return EXIT_HALTED if outcome.reason == "halted" else 0

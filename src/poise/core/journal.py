@@ -51,7 +51,7 @@ class Journal:
         missing = [name for name in FIELDS[kind] if name not in fields]
         assert not missing, f"a {kind} record needs {missing}"
         record: Record = {"type": kind, "time": round(time.time(), 3), **fields}
-        self._file.write(json.dumps(_encode(record), separators=(",", ":"), allow_nan=False) + "\n")
+        self._file.write(to_json(record) + "\n")
         self._file.flush()
         return record
 
@@ -62,6 +62,15 @@ class Journal:
     def close(self) -> None:
         """Close the file; writing afterwards is an error."""
         self._file.close()
+
+
+def to_json(value: Any) -> str:
+    """Return one line of strict JSON; non-finite numbers become the strings "nan", "inf" and "-inf".
+
+    >>> to_json({"loss": float("nan")})
+    '{"loss":"nan"}'
+    """
+    return json.dumps(_encode(value), separators=(",", ":"), allow_nan=False)
 
 
 def read(path: str | Path) -> list[Record]:

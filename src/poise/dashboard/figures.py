@@ -162,8 +162,7 @@ def fault_marks(faults: Sequence[Fault]) -> list[dict[str, Any]]:
     if not faults:
         return []
     texts = [
-        hover(f"injected on purpose: {f.name.replace('_', ' ')}", f"step {steps_text(f.first, f.last)}")
-        for f in faults
+        hover(f"injected on purpose: {f.name.replace('_', ' ')}", f"step {steps_text(f.first, f.last)}") for f in faults
     ]
     x = [(f.first + f.last) / 2 for f in faults]
     mark = marks(x, [0.02] * len(x), texts, "injected fault", "triangle-up", "$fault")

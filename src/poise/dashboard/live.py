@@ -117,9 +117,7 @@ class _Reading:
             ("tokens/s", count(self.tokens_per_s)),
             ("guard", self.guard_state),
         ]
-        known = zip(
-            pairs, (self.loss, self.smooth, self.grad_norm, self.lr, self.tokens_per_s, True), strict=True
-        )
+        known = zip(pairs, (self.loss, self.smooth, self.grad_norm, self.lr, self.tokens_per_s, True), strict=True)
         return [pair for pair, value in known if value is not None and pair[1]]
 
 

@@ -17,8 +17,7 @@ from poise.dashboard.text import escape
 Figure = dict[str, Any]
 
 _POLICY: Final = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; font-src data:"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 )
 
 # Hues after Okabe and Ito's colour-blind-safe set, made darker or lighter for contrast with the ground.

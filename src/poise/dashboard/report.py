@@ -88,13 +88,9 @@ def _warnings(summary: Summary, records: Sequence[Record], torn: bool) -> list[s
             f"step {summary.step:,}. The page shows what was written until then."
         )
     elif summary.state == "empty":
-        out.append(
-            "The journal holds no training step: the run had not begun, or it died before its first step."
-        )
+        out.append("The journal holds no training step: the run had not begun, or it died before its first step.")
     if torn:
-        out.append(
-            "The last line of the journal is torn: it was being written when the run died. It is left out."
-        )
+        out.append("The last line of the journal is torn: it was being written when the run died. It is left out.")
     if summary.nonfinite_steps:
         out.append(f"{plural(summary.nonfinite_steps, 'step')} had a loss that is not a finite number.")
     if summary.faults:

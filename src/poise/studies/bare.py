@@ -31,7 +31,9 @@ class BareAdamW(torch.optim.AdamW):
 
     def measure(self) -> Tensor:
         """Return the global norm of the gradient."""
-        return torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None])
+        return torch.nn.utils.get_total_norm(
+            [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        )
 
     def step(self, closure: Any = None, *, max_norm: float | None = None) -> Any:
         """Clip and step, as most loops do."""

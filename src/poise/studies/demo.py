@@ -28,7 +28,7 @@ FAULTS = (
     Fault("inf_gradient", at=180),
     Fault("nan_gradient", at=205),
 )
-LAST = 20
+LAST = 10
 """The final loss is the mean over this many last steps."""
 
 
@@ -67,10 +67,10 @@ def run_demo(
     *,
     over: dict[str, Any] | None = None,
     faults: Sequence[Fault] = FAULTS,
-    observer: Callable[[str], Sequence[Observer]] = lambda name: (),
+    observer: Callable[[str], Observer] | None = None,
     progress: Progress | None = None,
 ) -> Demo:
-    """Run the five runs under ``out`` and write ``demo.html`` there.
+    """Run the five runs under ``out`` and write ``demo.html`` there; ``observer`` makes one for each run's name.
 
     Raises:
         UserError: ``out`` holds a demonstration already, or a setting cannot be.
@@ -91,7 +91,7 @@ def run_demo(
         train(
             recipe,
             folder,
-            observers=observer(name),
+            observers=[observer(name)] if observer else [],
             progress=progress,
             before=_prepared_for(name, strikes),
             command="poise demo",
@@ -126,7 +126,7 @@ def row_of(name: str, folder: Path) -> Row:
     tail = losses[-LAST:]
     final = sum(tail) / len(tail)
     end = next((r for r in reversed(records) if r["type"] == "end"), {"reason": "died"})
-    outcome = end["reason"] if math.isfinite(final) else "dead: the weights are NaN"
+    outcome = end["reason"] if math.isfinite(final) else "dead (NaN weights)"
     after_start = [x for x in losses[len(losses) // 5 :] if math.isfinite(x)]
     return Row(
         name=name,

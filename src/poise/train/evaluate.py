@@ -9,9 +9,7 @@ from poise.data.loader import Loader
 from poise.model.decoder import Decoder
 
 
-def validation_loss(
-    model: Decoder, loader: Loader, batches: int, batch_size: int, device: torch.device
-) -> float:
+def validation_loss(model: Decoder, loader: Loader, batches: int, batch_size: int, device: torch.device) -> float:
     """Return the mean cross-entropy in nats over the first ``batches`` of the held-out split, always the same.
 
     Auxiliary loss terms are not part of it.

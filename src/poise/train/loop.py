@@ -88,9 +88,7 @@ def evaluate(run: Run) -> float | None:
     if run.validation is None:
         return None
     config = run.recipe.train
-    value = validation_loss(
-        run.model, run.validation, config.eval_batches, config.batch_size, run.world.device
-    )
+    value = validation_loss(run.model, run.validation, config.eval_batches, config.batch_size, run.world.device)
     run.position.val_loss = value
     if run.journal is not None:
         run.journal.write("eval", step=run.position.step, loss=value)

@@ -79,9 +79,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.val_fraction < 0.5:
-            raise UserError(
-                f"data.val_fraction is {self.val_fraction}; use a share from 0 up to 0.5, e.g. 0.01"
-            )
+            raise UserError(f"data.val_fraction is {self.val_fraction}; use a share from 0 up to 0.5, e.g. 0.01")
         if self.vocab_size < 257:
             raise UserError(f"data.vocab_size is {self.vocab_size}; a byte-level BPE needs at least 257")
 
@@ -116,9 +114,7 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be 0 (off) or more")
         if self.micro_batch and self.batch_size % self.micro_batch:
-            raise UserError(
-                f"train.micro_batch {self.micro_batch} does not divide train.batch_size {self.batch_size}"
-            )
+            raise UserError(f"train.micro_batch {self.micro_batch} does not divide train.batch_size {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -135,12 +131,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.name or set(self.name) & set('/\\:*?"<>|') or self.name.startswith("."):
-            raise UserError(
-                f"name is {self.name!r}; use letters, digits, '-' and '_', it names the run's folder"
-            )
-        lr_at(
-            1, self.train.steps, self.optim.schedule
-        )  # raises where warm-up and decay do not fit the budget
+            raise UserError(f"name is {self.name!r}; use letters, digits, '-' and '_', it names the run's folder")
+        lr_at(1, self.train.steps, self.optim.schedule)  # raises where warm-up and decay do not fit the budget
 
     @property
     def tokens_per_step(self) -> int:

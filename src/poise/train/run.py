@@ -120,17 +120,13 @@ def finished(records: Sequence[Mapping[str, Any]], recipe: Recipe) -> bool:
 def read_recipe(folder: Path, over: Mapping[str, Any] | None = None) -> Recipe:
     """Read a run folder's recipe; ``over`` may change what a checkpoint does not fix."""
     if not (folder / "recipe.toml").is_file():
-        raise UserError(
-            f"'{folder}' is not a run: it has no recipe.toml; give the folder that poise train wrote"
-        )
+        raise UserError(f"'{folder}' is not a run: it has no recipe.toml; give the folder that poise train wrote")
     values = configs.load(folder / "recipe.toml")
     recipe = configs.build(Recipe, configs.merge(values, over or {}))
     fixed = configs.build(Recipe, values)
     for section in ("seed", "model", "data"):
         if getattr(recipe, section) != getattr(fixed, section):
-            raise UserError(
-                f"a resumed run cannot change '{section}'; start a new run: poise train ... --{section}"
-            )
+            raise UserError(f"a resumed run cannot change '{section}'; start a new run: poise train ... --{section}")
     for key in ("seq_len", "batch_size", "dtype"):
         if getattr(recipe.train, key) != getattr(fixed.train, key):
             raise UserError(f"a resumed run cannot change 'train.{key}'; start a new run for that")
@@ -211,15 +207,16 @@ def assemble(
     validation = None
     if recipe.data.val_fraction > 0 and len(tokens.split("val").tokens) > config.seq_len:
         validation = Loader(tokens, config.seq_len, recipe.seed, split="val")
+    store = CheckpointStore(folder / "checkpoints", config.keep_last, config.keep_best)
     return Run(
         recipe=recipe,
         model=model,
         optimizer=optimizer,
-        guard=build_guard(recipe.guard),
+        guard=build_guard(recipe.guard, can_rollback=lambda at_most: store.latest(at_most) is not None),
         loader=Loader(tokens, config.seq_len, recipe.seed),
         validation=validation,
         world=world,
-        store=CheckpointStore(folder / "checkpoints", config.keep_last, config.keep_best),
+        store=store,
         journal=Journal(folder / "journal.jsonl") if world.rank == 0 else None,
         fingerprint={
             **{f"model.{key}": value for key, value in spec.to_dict().items()},
@@ -294,6 +291,4 @@ def _new_folder(folder: Path) -> None:
             f"or choose another folder with --out"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"cannot make the run folder '{folder}': {error.strerror}; choose another with --out"
-        ) from None
+        raise UserError(f"cannot make the run folder '{folder}': {error.strerror}; choose another with --out") from None
