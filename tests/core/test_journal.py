@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.core import journal
+from poise.core.errors import UserError
 from poise.core.journal import FIELDS, Journal, read, timeline
 
 
@@ -178,3 +179,13 @@ def test_timeline_steps_always_ascend_and_the_last_one_wins(events):
     for record in kept:
         later = [r for r in written[record["at"] + 1 :] if r["type"] == "step"]
         assert all(r["step"] > record["step"] for r in later)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    """A second process (here: a second opening) that would write into the same run is refused in one line."""
+    first = Journal(tmp_path / "journal.jsonl")
+    with pytest.raises(UserError, match="another process is writing") as error:
+        Journal(tmp_path / "journal.jsonl")
+    assert "\n" not in str(error.value)
+    first.close()
+    Journal(tmp_path / "journal.jsonl").close()

@@ -70,7 +70,19 @@ def _show(figures: dict[str, object], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(figures, indent=2, default=str))
         return
-    width = max(map(len, figures))
-    for name, value in figures.items():
+    flat = _flat(figures)
+    width = max(map(len, flat))
+    for name, value in flat.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         print(f"{name.replace('_', ' '):<{width}}  {shown}")
+
+
+def _flat(figures: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """Return nested figures as one table: ``splits.train.tokens``."""
+    out: dict[str, object] = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out

@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"poise {__version__}")
         return 0
     name = words[0]
+    # torch reads this when it first allocates: large tensors in huge pages, fewer page faults on Linux.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         if name not in COMMANDS:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)}; see poise --help")

@@ -76,9 +76,10 @@ class PrepareProgress:
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         if stage != self._stage:
             self.close()
-            self._bar, self._stage = Bar(stage, total, sys.stderr), stage
-        assert self._bar is not None
-        self._bar.update(done, total)
+            counted = None if total == 1 else total  # a stage of one piece has no rate
+            self._bar, self._stage = Bar(stage, counted, sys.stderr), stage
+        if self._bar is not None and total != 1:
+            self._bar.update(done, total)
 
     def close(self) -> None:
         """End the line of the last stage."""

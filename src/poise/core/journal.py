@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+from poise.core.errors import UserError
+
 Record = dict[str, Any]
 
 FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -37,14 +39,18 @@ _NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class Journal:
     """Append records to ``path``; safe to open again after a crash.
 
-    Errors:
+    Raises:
+        UserError: another process is writing to this journal.
         OSError: the disk is full or the folder is gone; nothing already written is lost.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        _end_torn_line(self.path)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
+        if not _lock(self._file):
+            self._file.close()
+            raise UserError(f"another process is writing to '{self.path}'; wait for it or stop it first")
+        _end_torn_line(self.path)
 
     def write(self, kind: str, /, **fields: Any) -> Record:
         """Write one record and hand it to the operating system; return it as it will be read back."""
@@ -106,6 +112,21 @@ def timeline(records: Iterable[Record]) -> list[Record]:
             while kept and kept[-1]["step"] > record["to"]:
                 kept.pop()
     return kept
+
+
+def _lock(file: TextIO) -> bool:
+    """Claim the file for this process until it is closed; two writers would tear a run apart."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def _end_torn_line(path: Path) -> None:

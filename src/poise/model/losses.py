@@ -107,6 +107,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         safe_N = targets_N.where(valid_N, 0)
         token_N = hidden_ND.new_empty(targets_N.shape, dtype=work.exact)
         sums = hidden_ND.new_zeros(1 + len(terms), dtype=work.exact)
+        count = valid_N.sum().clamp(min=1).to(work.exact)
         for start in range(0, len(targets_N), rows):
             chunk = slice(start, min(start + rows, len(targets_N)))
             raw_CV = work.logits(chunk)
@@ -123,14 +124,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if work.wants_grad:
                     # d loss / d logits = softmax (1 + slope) - onehot. At the target the two are joined with
                     # expm1: where the model is sure of it, 1 - p is what is left of two nearly equal numbers.
-                    at_target_R1 = valid_R1 * (slope_R1 * torch.exp(-ce_R1) + torch.expm1(-ce_R1))
-                    dlogits_RV = probs_RV.mul_(valid_R1 * (1 + slope_R1)).scatter_(1, target_R1, at_target_R1)
+                    share_R1 = valid_R1 / count
+                    at_target_R1 = share_R1 * (slope_R1 * torch.exp(-ce_R1) + torch.expm1(-ce_R1))
+                    dlogits_RV = probs_RV.mul_(share_R1 * (1 + slope_R1)).scatter_(1, target_R1, at_target_R1)
                     raw_CV[at.start - start : at.stop - start] = pull(dlogits_RV)
             if work.wants_grad:
                 work.add_gradients(chunk, raw_CV)
-        count = valid_N.sum().clamp(min=1).to(work.exact)
         ce, means = token_N.sum() / count, sums / count
-        ctx.save_for_backward(count, work.dhidden_ND, work.dweight_VD)  # type: ignore[arg-type]
+        ctx.save_for_backward(work.dhidden_ND, work.dweight_VD)  # type: ignore[arg-type]
         ctx.weight_dtype = weight_VD.dtype  # type: ignore[attr-defined]
         loss = ce + means[1:].sum()
         log = (ce, *means.unbind(), token_N)
@@ -140,12 +141,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        count, dhidden_ND, dweight_VD = ctx.saved_tensors  # type: ignore[attr-defined]
-        scale = dloss / count
-        if dhidden_ND is not None:
-            dhidden_ND = dhidden_ND * scale
+        dhidden_ND, dweight_VD = ctx.saved_tensors  # type: ignore[attr-defined]
+        if dloss.device.type != "cpu" or dloss != 1:  # a large product less in the usual case
+            dhidden_ND = None if dhidden_ND is None else dhidden_ND * dloss
+            dweight_VD = None if dweight_VD is None else dweight_VD * dloss
         if dweight_VD is not None:
-            dweight_VD = (dweight_VD * scale).to(ctx.weight_dtype)  # type: ignore[attr-defined]
+            dweight_VD = dweight_VD.to(ctx.weight_dtype)  # type: ignore[attr-defined]
         return dhidden_ND, dweight_VD, None, None, None, None, None
 
 
@@ -162,7 +163,7 @@ class _Work:
         self.block_rows = min(rows, chunk_rows(vocab, BLOCK_BYTES)) if hidden_ND.device.type == "cpu" else rows
         self.wide_RV = hidden_ND.new_empty(self.block_rows, vocab, dtype=self.exact) if self.narrow else None
         self.dhidden_ND = torch.empty_like(hidden_ND) if grad_hidden else None
-        self.dweight_VD = weight_VD.new_zeros(weight_VD.shape, dtype=self.exact) if grad_weight else None
+        self.dweight_VD = torch.empty_like(weight_VD, dtype=self.exact) if grad_weight else None
         self.share_VD = torch.empty_like(self.weight_VD) if grad_weight and self.narrow else None
 
     def logits(self, chunk: slice) -> Tensor:
@@ -180,15 +181,21 @@ class _Work:
         raw_RV = raw_CV[at.start - chunk.start : at.stop - chunk.start]
         return raw_RV if self.wide_RV is None else self.wide_RV[: len(raw_RV)].copy_(raw_RV)
 
-    def add_gradients(self, at: slice, dlogits_CV: Tensor) -> None:
-        """Turn a chunk's logit gradient into its part of both gradients, not yet divided by the count."""
-        hidden_CD = self.hidden_ND[at]
+    def add_gradients(self, chunk: slice, dlogits_CV: Tensor) -> None:
+        """Turn a chunk's logit gradient into its part of both gradients."""
+        hidden_CD = self.hidden_ND[chunk]
         if self.dhidden_ND is not None:
-            torch.mm(dlogits_CV, self.weight_VD, out=self.dhidden_ND[at])
-        if self.share_VD is not None and self.dweight_VD is not None:
-            self.dweight_VD += torch.mm(dlogits_CV.t(), hidden_CD, out=self.share_VD)
-        elif self.dweight_VD is not None:
-            self.dweight_VD.addmm_(dlogits_CV.t(), hidden_CD)
+            torch.mm(dlogits_CV, self.weight_VD, out=self.dhidden_ND[chunk])
+        if self.dweight_VD is None:
+            return
+        first, dlogits_VC = chunk.start == 0, dlogits_CV.t()
+        if self.share_VD is not None:
+            torch.mm(dlogits_VC, hidden_CD, out=self.share_VD)
+            _ = self.dweight_VD.copy_(self.share_VD) if first else self.dweight_VD.add_(self.share_VD)
+        elif first:
+            torch.mm(dlogits_VC, hidden_CD, out=self.dweight_VD)
+        else:
+            self.dweight_VD.addmm_(dlogits_VC, hidden_CD)
 
 
 def _softmax(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -200,6 +200,8 @@ class Chain(Optimizer):
         bounds += [] if max_norm is None else [max_norm]
         # the kernel divides by grad_scale: it is the inverse of the clip coefficient
         scale = torch.clamp((norm + EPS) / min(bounds), min=1.0) if bounds else None
+        if scale is not None and scale.device.type == "cpu" and scale == 1.0:
+            scale = None  # nothing to clip: the kernel need not write the gradient back (on a GPU asking would wait)
         found_inf = self._skipped.to(torch.float32)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
