@@ -13,7 +13,7 @@ help:
 	@echo "make lint   ruff and mypy"
 
 run: $(READY)
-	$(BIN)/poise train --out runs/nano --new-name
+	$(BIN)/poise train
 
 demo: $(READY)
 	$(BIN)/poise demo
