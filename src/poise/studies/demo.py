@@ -81,12 +81,12 @@ def run_demo(
         ("clean", base, ()),
         ("bare", bare, faults),
         ("guarded", base, faults),
-        ("clean, seed 1", dataclasses.replace(base, seed=base.seed + 1), ()),
-        ("clean, seed 2", dataclasses.replace(base, seed=base.seed + 2), ()),
+        ("clean seed 1", dataclasses.replace(base, seed=base.seed + 1), ()),
+        ("clean seed 2", dataclasses.replace(base, seed=base.seed + 2), ()),
     ]
     rows, folders = [], []
     for name, recipe, strikes in plan:
-        folder = out / name.replace(", ", "-").replace(" ", "-")
+        folder = out / name.replace(" ", "-")
         recipe = dataclasses.replace(recipe, name=folder.name)
         train(
             recipe,
@@ -126,7 +126,7 @@ def row_of(name: str, folder: Path) -> Row:
     tail = losses[-LAST:]
     final = sum(tail) / len(tail)
     end = next((r for r in reversed(records) if r["type"] == "end"), {"reason": "died"})
-    outcome = end["reason"] if math.isfinite(final) else "dead (NaN weights)"
+    outcome = end["reason"] if math.isfinite(final) else "dead: NaN"
     after_start = [x for x in losses[len(losses) // 5 :] if math.isfinite(x)]
     return Row(
         name=name,
