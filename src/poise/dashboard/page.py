@@ -58,11 +58,11 @@ p { margin: 0 0 10px; max-width: 46em; overflow-wrap: anywhere; }
   overflow-wrap: anywhere; }
 .plot { width: 100%; margin: 0; }
 .box { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; margin: 10px 0; }
-table { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
+table { border-collapse: collapse; width: 100%; min-width: 620px; font-size: 0.92rem; }
 th, td { text-align: left; vertical-align: top; padding: 8px 12px; border-top: 1px solid var(--rule); }
 thead th { border-top: 0; background: var(--panel); font-weight: 600; white-space: nowrap; }
-td.tight { white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.wide { min-width: 220px; }
+td.tight { font-variant-numeric: tabular-nums; }
+td.wide { min-width: 260px; }
 .tag { display: inline-block; border: 1px solid var(--fault); color: var(--fault); border-radius: 4px;
   padding: 0 6px; font-size: 0.82rem; }
 pre { background: var(--panel); border-radius: 8px; padding: 12px 14px; overflow-x: auto; margin: 10px 0;

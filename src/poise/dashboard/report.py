@@ -127,7 +127,10 @@ def _row(one: Incident) -> list[str]:
     times = f" ({one.count:,} ×)" if one.count > 1 else ""
     severity = f" ({one.severity})" if one.severity else ""
     value = number(one.value) if one.value is not None else MISSING
-    reason = " ".join(dict.fromkeys(_sentence(s) for s in (one.reason, one.message) if s))
+    parts = [one.message] if one.severity == "note" or not one.reason else [one.reason]
+    if one.message and one.message not in parts[0]:
+        parts.append(one.message)
+    reason = " ".join(_sentence(part) for part in parts if part)
     return [
         one.steps + times,
         one.kind.replace("_", " ") + severity,
