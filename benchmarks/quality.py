@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=4, choices=sorted(T95))
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lr", type=float, help="base learning rate (default: the demo recipe's)")
     options = parser.parse_args()
     losses: dict[str, list[float]] = {"fp32": [], "bf16": []}
     with tempfile.TemporaryDirectory() as tmp:
@@ -33,6 +34,7 @@ def main() -> None:
                 out = Path(tmp) / f"{dtype}-{seed}"
                 over = {
                     "seed": seed,
+                    "optim": {} if options.lr is None else {"lr": options.lr},
                     "train": {"dtype": dtype, "steps": options.steps, "eval_every": options.steps, "save_every": 0,
                               "eval_batches": 16, "compile": "off"},
                 }  # fmt: skip
@@ -41,7 +43,8 @@ def main() -> None:
                 print(f"seed {seed} {dtype}: validation loss {values[-1]:.4f}", flush=True)
     differences = [b - f for b, f in zip(losses["bf16"], losses["fp32"], strict=True)]
     half = T95[options.seeds] * statistics.stdev(differences) / math.sqrt(options.seeds)
-    print(f"demo recipe, {options.steps} steps, {options.seeds} seeds")
+    lr = load("demo").optim.lr if options.lr is None else options.lr
+    print(f"demo recipe, learning rate {lr:g}, {options.steps} steps, {options.seeds} seeds")
     for dtype, values in losses.items():
         print(f"{dtype}: mean {statistics.mean(values):.4f}, sd over seeds {statistics.stdev(values):.4f}")
     print(f"bf16 - fp32: {statistics.mean(differences):+.4f} +- {half:.4f} (95 % interval)")
