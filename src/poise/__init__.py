@@ -40,8 +40,8 @@ _NAMES = {
     "Loader": "poise.data.loader",
     "CheckpointStore": "poise.hardware.checkpoint",
     "Recipe": "poise.train.recipe",
-    "train": "poise.train.run",
-    "resume": "poise.train.run",
+    "train_recipe": "poise.train.run:train",
+    "resume_run": "poise.train.run:resume",
     "write_report": "poise.dashboard.report",
 }
 """Public name -> module that defines it (``module:name`` where the names differ)."""

@@ -71,7 +71,7 @@ class TestBuild:
         [
             ({"optim": {"l": 1}}, "unknown key 'optim.l'"),
             ({"optim": {"lrr": 1}}, "unknown key 'optim.lrr', did you mean 'optim.lr'?"),
-            ({"optm": {"lr": 1}}, "unknown key 'optm', did you mean 'optim.lr'?"),
+            ({"optm": {"lr": 1}}, "unknown key 'optm.lr', did you mean 'optim.lr'?"),
             ({"layers": 3}, "unknown key 'layers', did you mean 'model.layers'?"),
             ({"optim": 3}, "'optim' is a section; set one of its keys, e.g. 'optim.betas'"),
             ({"model": {"layers": "many"}}, "'model.layers' is 'many': it should be a valid integer"),

@@ -49,7 +49,8 @@ def parse(parser: Parser, words: Sequence[str]) -> tuple[argparse.Namespace, dic
     arguments, unknown = parser.parse_known_args(own)
     if unknown:
         options = [o for action in parser._actions for o in action.option_strings] + [f"--{n}" for n in leaves]
-        raise UserError(f"unknown argument '{unknown[0]}'{nearest(unknown[0], options)}; see {parser.prog} --help")
+        hint = nearest(unknown[0].lstrip("-"), [option.lstrip("-") for option in options]).replace("mean '", "mean '--")
+        raise UserError(f"unknown argument '{unknown[0]}'{hint}; see {parser.prog} --help")
     return arguments, values
 
 

@@ -48,7 +48,7 @@ def _show(demo: Demo) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title="The same model, data, seed and injected faults")
-    for column in ("run", "final loss", "val. loss", "worst", "skipped", "rollbacks", "outcome"):
+    for column in ("run", "final", "val.", "worst", "skipped", "rollbacks", "outcome"):
         table.add_column(column, justify="left" if column in ("run", "outcome") else "right", no_wrap=True)
     for row in demo.rows:
         figures = [f"{x:.3f}" for x in (row.final_loss, row.val_loss, row.worst_loss)]

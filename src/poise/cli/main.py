@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -23,18 +24,18 @@ USAGE_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 success, 2 a user's mistake, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(_help())
-        return 0 if words else USAGE_ERROR
-    if words[0] in ("-V", "--version"):
-        from poise import __version__
-
-        print(f"poise {__version__}")
-        return 0
-    name = words[0]
+    name = words[0] if words else ""
     # torch reads this when it first allocates: large tensors in huge pages, fewer page faults on Linux.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
+        if not words or name in ("-h", "--help"):
+            print(_help(), flush=True)
+            return 0 if words else USAGE_ERROR
+        if name in ("-V", "--version"):
+            from poise import __version__
+
+            print(f"poise {__version__}", flush=True)
+            return 0
         if name not in COMMANDS:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)}; see poise --help")
         return int(importlib.import_module(COMMANDS[name][0]).main(words[1:]))
@@ -52,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, e.g. `poise methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a read-only folder, a file that has gone
+        where = f"'{error.filename}': " if error.filename else ""
+        mend = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        print(f"poise {name}: {where}{error.strerror or error}; {mend}, then try again", file=sys.stderr)
+        return USAGE_ERROR
 
 
 def _help() -> str:

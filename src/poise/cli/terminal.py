@@ -34,7 +34,10 @@ class Terminal(Observer):
             f"{run_record['total_steps']} steps of {run_record['tokens_per_step']} tokens, "
             f"{recipe['train']['dtype']}, compile {recipe['train']['compile']}"
         )
-        print(about, file=sys.stderr, flush=True)
+        notes = [about, *_about_text(run_record.get("data", {}))]
+        if recipe["train"]["compile"] == "on":
+            notes.append("compiling: the first step and the first evaluation take about half a minute")
+        print("\n".join(notes), file=sys.stderr, flush=True)
 
     def on_step(self, report: StepReport) -> None:
         signals = report.signals
@@ -64,6 +67,19 @@ class Terminal(Observer):
     def on_end(self, record: Mapping[str, Any]) -> None:
         if self._display is not None:
             self._display.close()
+
+
+def _about_text(data: Mapping[str, Any]) -> list[str]:
+    """Return a line for each thing about the text that a person should know."""
+    lines = []
+    if data.get("replaced_bytes"):
+        lines.append(f"text: {data['replaced_bytes']:,} bytes were not valid UTF-8 and were replaced")
+    if data.get("skipped"):
+        skipped = ", ".join(f"{count} x {reason}" for reason, count in data["skipped"].items())
+        lines.append(f"text: left out: {skipped}")
+    if data.get("validation") is False:
+        lines.append("text: no held-out part long enough for one sequence, so there is no validation loss")
+    return lines
 
 
 class PrepareProgress:

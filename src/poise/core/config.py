@@ -139,6 +139,8 @@ def _flatten_keys(values: Mapping[str, Any], cls: Any, prefix: str = "") -> Iter
         kind = hints.get(key)
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
             yield from _flatten_keys(value, kind, f"{prefix}{key}.")
+        elif kind is None and isinstance(value, Mapping) and value:  # an unknown section, with all of its name
+            yield from (f"{prefix}{key}.{inner}" for inner in value)
         else:
             yield prefix + key
 

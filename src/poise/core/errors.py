@@ -26,6 +26,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     ''
     """
     names = list(known)
+    same_leaf = [name for name in names if name.rpartition(".")[2] == word.rpartition(".")[2] and name != word]
+    close_whole = difflib.get_close_matches(word, names, n=1, cutoff=0.75)
+    if same_leaf and not close_whole:
+        return f", did you mean '{same_leaf[0]}'?"
     leaves = {name.rsplit(".", 1)[-1]: name for name in names}
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if not close:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poise.core.errors import UserError
 from poise.core.journal import read, timeline
 from poise.dashboard.compare import write_comparison
 from poise.studies.bare import BareAdamW
@@ -76,6 +77,12 @@ def run_demo(
         UserError: ``out`` holds a demonstration already, or a setting cannot be.
     """
     base = load("demo", over)
+    needed = max(fault.at + fault.length for fault in faults) + LAST
+    if base.train.steps < needed or not base.train.eval_every:
+        raise UserError(
+            f"the demonstration needs train.steps of at least {needed} (here {base.train.steps}), so that every "
+            f"fault strikes, and train.eval_every above 0 (here {base.train.eval_every})"
+        )
     bare = base.replace("guard", enabled=False)
     plan: list[tuple[str, Recipe, Sequence[Fault]]] = [
         ("clean", base, ()),

@@ -50,7 +50,7 @@ class Fault:
 
 
 class Injector:
-    """Attach faults to an assembled run: ``poise.train(..., before=Injector(faults).attach)``."""
+    """Attach faults to an assembled run: ``train(recipe, out, before=Injector(faults).attach)``."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)

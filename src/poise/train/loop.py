@@ -55,13 +55,16 @@ class StopRequest:
 def train(run: Run, stop: StopRequest | None = None) -> Outcome:
     """Run to the end of the budget. Evaluation and saving are lines of this loop.
 
-    Returns how it ended; what happened is in the journal. A checkpoint is committed at the end, unless the
-    guard halted the run.
+    Returns how it ended; what happened is in the journal. A run that says it finished or stopped has its last
+    state in a committed checkpoint.
+
+    Raises:
+        SaveFailed: the first checkpoint or the last one cannot be written.
     """
     config = run.recipe.train
     with (stop or StopRequest()).listening() as asked:
         if run.position.step == 0:
-            save(run)  # so that the guard can go back even from the first steps
+            save(run, must=True)  # so that the guard can go back even from the first steps
         save_due = False
         while run.position.step < config.steps:
             signals, decision = train_step(run)
@@ -74,9 +77,12 @@ def train(run: Run, stop: StopRequest | None = None) -> Outcome:
             if config.eval_every and (last or step % config.eval_every == 0):
                 evaluate(run)
             stopping = run.stop_agreed(asked.signal is not None)
-            save_due |= bool(config.save_every) and step % config.save_every == 0
-            if last or stopping or (save_due and decision.action == "proceed"):
-                save(run)  # not in the middle of trouble: a checkpoint is what a rollback trusts
+            # After a rollback at once, so that a crash does not show the dropped data again.
+            save_due |= decision.action == "rollback" or (bool(config.save_every) and step % config.save_every == 0)
+            if last or stopping or (save_due and decision.action in ("proceed", "rollback")):
+                # Not in the middle of trouble: a checkpoint is what a rollback trusts.
+                if (unsaved := save(run, must=last or stopping)) and (last or stopping):
+                    return end(run, "halted", unsaved)
                 save_due = False
             if stopping and not last:
                 return end(run, "stopped", f"{asked.signal or 'another rank'} asked for it")
@@ -89,27 +95,38 @@ def evaluate(run: Run) -> float | None:
         return None
     config = run.recipe.train
     value = validation_loss(run.model, run.validation, config.eval_batches, config.batch_size, run.world.device)
-    run.position.val_loss = value
+    run.position.val_loss, run.position.val_step = value, run.position.step
     if run.journal is not None:
         run.journal.write("eval", step=run.position.step, loss=value)
     run.tell("on_note", f"step {run.position.step}: validation loss {value:.4f}")
     return value
 
 
-def save(run: Run) -> None:
-    """Commit a checkpoint; a failure is journalled and shown, and training goes on with the older ones."""
+def save(run: Run, *, must: bool = False) -> str:
+    """Commit a checkpoint; return what went wrong, or an empty text.
+
+    A failure is journalled and shown, and training goes on with the older checkpoints.
+
+    Raises:
+        SaveFailed: the disk refused a checkpoint that the run ``must`` have.
+    """
     step = run.position.step
     record: dict[str, Any]
+    failed = ""
     try:
         saved = run.save()
         record = {"path": saved.path.name, "seconds": round(saved.seconds, 3), "bytes": saved.bytes}
     except (SaveFailed, NonFiniteState) as error:
-        record = {"path": "", "failed": str(error)}
-        run.tell("on_note", f"step {step}: no checkpoint: {error}")
+        if must and isinstance(error, SaveFailed):
+            raise
+        failed = str(error)
+        record = {"path": "", "failed": failed}
+        run.tell("on_note", f"step {step}: no checkpoint: {failed}")
     if run.journal is not None:
         run.journal.write("save", step=step, **record)
         run.journal.sync()
     run.tell("on_save", record)
+    return failed
 
 
 def note(run: Run, decision: Decision) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -107,12 +108,17 @@ class TrainConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "keep_last"):
+        for name in ("steps", "batch_size", "seq_len", "keep_last", "eval_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("micro_batch", "eval_every", "eval_batches", "save_every", "keep_best", "threads"):
+        for name in ("micro_batch", "eval_every", "save_every", "keep_best", "threads"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be 0 (off) or more")
+        most = 4 * (os.cpu_count() or 1)
+        if self.threads > most:
+            raise UserError(
+                f"train.threads is {self.threads}; use at most {most} on this machine, or 0 for torch's choice"
+            )
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise UserError(f"train.micro_batch {self.micro_batch} does not divide train.batch_size {self.batch_size}")
 

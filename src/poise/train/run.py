@@ -7,6 +7,7 @@ A run is a folder: ``recipe.toml`` (every value, resolved), ``journal.jsonl``, `
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,11 @@ import torch
 
 from poise.core import config as configs
 from poise.core.errors import UserError
-from poise.core.journal import Journal, read
+from poise.core.journal import Journal, read, timeline
 from poise.dashboard.report import write_report
 from poise.data.loader import Loader
 from poise.data.prepare import prepare
-from poise.data.store import Tokens, open_tokens
+from poise.data.store import Tokens, is_prepared, open_tokens
 from poise.guard.guard import build as build_guard
 from poise.hardware import compiler, distributed, environment, precision, sharding, throughput
 from poise.hardware.checkpoint import CheckpointStore
@@ -35,8 +36,9 @@ from poise.train.state import Run
 log = logging.getLogger("poise")
 
 JOURNAL_FORMAT = 1
-WORTH_COMPILING_S = 300.0
-"""``compile = auto`` compiles from this many seconds of expected run time: a cold compile costs about 30 s."""
+WORTH_COMPILING_S = 600.0
+"""``compile = auto`` compiles from this many seconds of expected run time. A cold compile costs about 30 s, and on a
+busy machine the expectation is too long."""
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -69,20 +71,19 @@ def train(
         tokens, recipe = prepared(recipe, progress, world)
         recipe = resolve(recipe, tokens)
         check(recipe, tokens, world)
+        if world.rank == 0:
+            _write_recipe(recipe, folder)
     except BaseException:
         if world.rank == 0:
             folder.rmdir()  # still empty: nothing of the user's is lost
         raise
-    if world.rank == 0:
-        (folder / "recipe.toml").write_text(configs.to_toml(recipe), encoding="utf-8")
     distributed.barrier()
     run = assemble(recipe, folder, tokens, world, observers)
     with _closing(run, folder):
         _write_run_record(run, command)
         if before is not None:
             before(run)
-        run.store.begin_attempt(0)
-        return loop.train(run)
+        return _attempt(run)
 
 
 def resume(
@@ -100,15 +101,18 @@ def resume(
     folder = Path(folder)
     recipe = read_recipe(folder, over)
     records = read(folder / "journal.jsonl") if (folder / "journal.jsonl").exists() else []
+    done = max((r["step"] for r in timeline(records)), default=0)
+    if recipe.train.steps < done:
+        raise UserError(f"the run has done {done} steps, train.steps is {recipe.train.steps}; use a larger number")
     if finished(records, recipe):
         return None
     world = distributed.init()
-    tokens = open_tokens(Path(recipe.data.dir))
+    tokens, _ = prepared(recipe, None, world)
     check(recipe, tokens, world)
     run = assemble(recipe, folder, tokens, world, observers)
     with _closing(run, folder):
         _take_up(run, folder, records, over, command)
-        return loop.train(run)
+        return _attempt(run)
 
 
 def finished(records: Sequence[Mapping[str, Any]], recipe: Recipe) -> bool:
@@ -137,7 +141,7 @@ def prepared(recipe: Recipe, progress: Progress | None, world: distributed.World
     """Return the recipe's text as tokens, preparing it where that has not been done; rank 0 does the work."""
     data = recipe.data
     folder = Path(data.dir) if data.dir else None
-    if world.rank == 0:
+    if world.rank == 0 and not (folder and is_prepared(folder)):
         done = prepare(
             data.source,
             folder,
@@ -193,7 +197,27 @@ def check(recipe: Recipe, tokens: Tokens, world: distributed.World) -> None:
 def assemble(
     recipe: Recipe, folder: Path, tokens: Tokens, world: distributed.World, observers: Sequence[Observer]
 ) -> Run:
-    """Build the run's parts from its resolved recipe. Nothing is trained or loaded yet."""
+    """Build the run's parts from its resolved recipe. Nothing is trained or loaded yet.
+
+    The journal comes first: its lock says that no other process is at work in the folder.
+    """
+    journal = Journal(folder / "journal.jsonl") if world.rank == 0 else None
+    try:
+        return _assemble(recipe, folder, tokens, world, observers, journal)
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        raise
+
+
+def _assemble(
+    recipe: Recipe,
+    folder: Path,
+    tokens: Tokens,
+    world: distributed.World,
+    observers: Sequence[Observer],
+    journal: Journal | None,
+) -> Run:
     config = recipe.train
     torch.set_num_threads(config.threads or torch.get_num_threads())
     spec = recipe.spec(tokens.vocab_size)
@@ -217,11 +241,15 @@ def assemble(
         validation=validation,
         world=world,
         store=store,
-        journal=Journal(folder / "journal.jsonl") if world.rank == 0 else None,
+        journal=journal,
         fingerprint={
             **{f"model.{key}": value for key, value in spec.to_dict().items()},
             "data": tokens.fingerprint,
             "seed": recipe.seed,
+        },
+        text={
+            **{key: tokens.manifest[key] for key in ("source", "splits", "replaced_bytes", "skipped")},
+            "validation": validation is not None,
         },
         observers=list(observers) if world.rank == 0 else [],
     )
@@ -239,6 +267,7 @@ def _write_run_record(run: Run, command: str) -> None:
         parameters=count(run.model.spec).params,
         tokens_per_step=run.recipe.tokens_per_step,
         total_steps=run.recipe.train.steps,
+        data=run.text,
     )
     run.tell("on_start", record)
 
@@ -248,16 +277,23 @@ def _take_up(
 ) -> None:
     """Bring an assembled run to where its newest verified checkpoint is, and say so in the journal."""
     reason, damaged = "no checkpoint yet: started again from step 0", list[str]()
+    done = max((record["step"] for record in timeline(records)), default=0)
     if run.store.steps():
-        loaded = run.restore(run.store.resume_limit())
+        limit = run.store.resume_limit()
+        loaded = run.restore(limit)
         reason, damaged = f"resumed from step {loaded.step}", loaded.rejected
-    run.store.begin_attempt(run.position.step)
-    for line in [*damaged, reason]:
-        run.tell("on_note", line)
+        if limit is not None:
+            reason += "; the checkpoint after it led to the same death twice and is passed over"
+    elif done:
+        raise UserError(
+            f"the journal of '{folder}' knows {done} steps, but no good checkpoint is left; start a new run with: "
+            f"poise train {folder / 'recipe.toml'}"
+        )
+    run.tell("on_note", reason)
     if run.journal is None:
         return
     if over:
-        (folder / "recipe.toml").write_text(configs.to_toml(run.recipe), encoding="utf-8")
+        _write_recipe(run.recipe, folder)
     if over or not any(record["type"] == "run" for record in records):
         _write_run_record(run, command)
     else:
@@ -265,25 +301,48 @@ def _take_up(
     run.journal.write("restart", step=run.position.step, reason=reason, damaged_checkpoints=damaged)
 
 
-@contextmanager
-def _closing(run: Run, folder: Path) -> Iterator[None]:
-    """Note how an attempt died, close the journal and write the report, however the run ends."""
+def _attempt(run: Run) -> loop.Outcome:
+    """Train on from where the run is; a death goes into the ledger that keeps restarts from looping."""
+    run.store.begin_attempt(run.position.step)
     try:
-        yield
+        return loop.train(run)
     except BaseException as error:
         run.store.end_attempt(type(error).__name__)
         raise
+
+
+@contextmanager
+def _closing(run: Run, folder: Path) -> Iterator[None]:
+    """Close the journal and write the report, however the run ends."""
+    try:
+        yield
     finally:
         if run.journal is not None:
-            run.journal.close()
             try:
+                run.journal.close()
                 write_report(folder)
             except OSError as error:  # a full disk must not hide how the run ended
-                log.warning("no report: %s", error)
+                log.warning("no report: %s", error.strerror)
+
+
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write ``recipe.toml`` whole or not at all."""
+    aside = folder / "recipe.toml.new"
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(configs.to_toml(recipe))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(folder / "recipe.toml")
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _new_folder(folder: Path) -> None:
     try:
+        if folder.is_dir() and not any(folder.iterdir()):
+            return  # empty: left by a run that was killed while its text was prepared, or made by the user
         folder.mkdir(parents=True, exist_ok=False)
     except FileExistsError:
         raise UserError(

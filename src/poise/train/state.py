@@ -45,11 +45,16 @@ class Position:
     lr_scale: float = 1.0
     smooth: float | None = None
     val_loss: float | None = None
+    val_step: int = -1
 
 
 @dataclass
 class Run:
-    """A run in memory. Built by ``poise.train.run.assemble``; advanced by ``train_step``."""
+    """A run in memory. Built by ``poise.train.run.assemble``; advanced by ``train_step``.
+
+    ``fingerprint`` is what a checkpoint must share to be this run's (model, data, seed); ``text`` is what a
+    person should know about the text; ``journal`` is ``None`` on every rank but 0.
+    """
 
     recipe: Recipe
     model: Decoder
@@ -61,12 +66,15 @@ class Run:
     store: CheckpointStore
     journal: Journal | None
     fingerprint: dict[str, Any]
+    text: dict[str, Any]
     observers: list[Observer] = field(default_factory=list)
     position: Position = field(default_factory=Position)
     host: TrainHost = field(init=False)
     _readings: list[torch.Tensor] = field(default_factory=list)
     _first_sample: int = 0
     _began: float = 0.0
+    _recorded: float = 0.0
+    _carry: float = 0.0
 
     def __post_init__(self) -> None:
         self.host = TrainHost(self)
@@ -128,9 +136,11 @@ class Run:
         if decision.action == "proceed" and math.isfinite(signals.loss):
             before = signals.loss if position.smooth is None else position.smooth
             position.smooth = SMOOTHING * before + (1 - SMOOTHING) * signals.loss
+        self._recorded = time.perf_counter()
         if self.journal is None:
             return
-        seconds = time.perf_counter() - self._began
+        # What the step before did after its record (the optimizer) counts here, so that the sum is right.
+        seconds = time.perf_counter() - self._began + self._carry
         self.journal.write(
             "step",
             step=signals.step,
@@ -159,7 +169,8 @@ class Run:
 
     def report(self, signals: Signals, decision: Decision) -> StepReport:
         """Return what observers are told about the step just done."""
-        seconds = time.perf_counter() - self._began
+        now = time.perf_counter()
+        seconds, self._carry = now - self._began, now - self._recorded
         return StepReport(
             signals=signals,
             decision=decision,
@@ -198,7 +209,9 @@ class Run:
             "guard": self.guard.state_dict(),
         }
         tensors = pack(self.model, self.optimizer)
-        return self.store.save(self.position.step, tensors, meta, metric=self.position.val_loss)
+        position = self.position
+        measured = position.val_loss if position.val_step == position.step else None
+        return self.store.save(position.step, tensors, meta, metric=measured)
 
     def restore(self, at_most: int | None, *, after_rollback: bool = False) -> Loaded:
         """Load the newest verified checkpoint at or before ``at_most`` and be there again.
