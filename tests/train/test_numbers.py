@@ -12,16 +12,16 @@ from poise.train.recipe import load
 from poise.train.run import train
 
 PINNED = (
-    (6.2185, 8.172),
-    (6.2106, 7.689),
-    (6.0537, 8.136),
-    (5.7948, 3.262),
-    (5.7694, 11.692),
-    (5.6037, 3.999),
-    (5.5018, 9.495),
-    (5.4229, 2.433),
-    (5.3074, 7.78),
-    (5.2023, 1.537),
+    (6.3277, 11.518),
+    (6.4005, 10.683),
+    (6.3464, 10.658),
+    (5.826, 8.443),
+    (5.7736, 10.255),
+    (5.6029, 4.332),
+    (5.4288, 3.85),
+    (5.3663, 3.583),
+    (5.3091, 2.573),
+    (5.2681, 2.644),
 )
 """(loss, gradient norm) of steps 1 to 10: nano's model and optimizer, fp32, on the text below."""
 
@@ -54,5 +54,5 @@ def test_ten_steps_of_nano(tmp_path: Path) -> None:
     train(load("nano", values), tmp_path / "run")
     steps = timeline(read(tmp_path / "run" / "journal.jsonl"))
     got = [(round(r["loss"], 4), round(r["grad_norm"], 3)) for r in steps]
-    assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in PINNED], abs=5e-3), str(got)
-    assert [norm for _, norm in got] == pytest.approx([norm for _, norm in PINNED], rel=5e-2), str(got)
+    assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in PINNED], abs=2e-3), str(got)
+    assert [norm for _, norm in got] == pytest.approx([norm for _, norm in PINNED], rel=2e-2), str(got)

@@ -14,7 +14,7 @@ from poise.core import config
 from poise.core.errors import UserError, nearest
 from poise.guard.guard import GuardConfig
 from poise.model.methods import apply_methods
-from poise.model.spec import Spec
+from poise.model.spec import Part, Spec
 from poise.optim.build import OptimConfig
 from poise.optim.schedules import lr_at
 
@@ -24,7 +24,8 @@ class ModelConfig:
     """The shape of the decoder and the stability methods in it.
 
     ``n_kv_heads = 0`` means as many as ``n_heads``; ``d_ff = 0`` means 4 d_model for gelu and the usual
-    8/3 d_model, rounded up to a multiple of 64, for swiglu.
+    8/3 d_model, rounded up to a multiple of 64, for swiglu. ``init`` is the standard deviation of matrices:
+    ``default`` is 0.02, ``small`` is sqrt(2 / (5 d_model)), which is larger below a width of 1000.
     """
 
     n_layers: int = 4
@@ -36,6 +37,7 @@ class ModelConfig:
     tied: bool = True
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    init: Literal["default", "small"] = "small"
     methods: tuple[str, ...] = ("qk_norm", "z_loss")
 
     def spec(self, vocab_size: int, seq_len: int) -> Spec:
@@ -58,6 +60,7 @@ class ModelConfig:
             tied=self.tied,
             rope_theta=self.rope_theta,
             norm_eps=self.norm_eps,
+            init=Part.of(self.init),
         )
         return apply_methods(plain, self.methods)
 
