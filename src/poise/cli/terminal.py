@@ -74,9 +74,9 @@ def _about_text(data: Mapping[str, Any]) -> list[str]:
     lines = []
     if data.get("replaced_bytes"):
         lines.append(f"text: {data['replaced_bytes']:,} bytes were not valid UTF-8 and were replaced")
-    if data.get("skipped"):
-        skipped = ", ".join(f"{count} x {reason}" for reason, count in data["skipped"].items())
-        lines.append(f"text: left out: {skipped}")
+    skipped = [f"{count} x {reason}" for reason, count in data.get("skipped", {}).items() if reason != "empty file"]
+    if skipped:
+        lines.append(f"text: left out: {', '.join(skipped)}")
     if data.get("validation") is False:
         lines.append("text: no held-out part long enough for one sequence, so there is no validation loss")
     return lines
