@@ -122,3 +122,20 @@ def test_every_model_method_file_is_registered() -> None:
     files = {p.stem for p in (SOURCE / "model" / "methods").glob("*.py")} - {"__init__", "__main__"}
     assert set(methods.METHODS.values()) == files
     assert {card.name for card in methods.cards()} == set(methods.METHODS)
+
+
+def test_the_drop_in_needs_only_torch_and_numpy() -> None:
+    """Guard and optimizers work where none of the trainer's packages is installed."""
+    code = (
+        "import sys\n"
+        "for name in ('pydantic', 'pyarrow', 'tokenizers', 'rich', 'plotly'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch, poise\n"
+        "model = torch.nn.Linear(2, 1)\n"
+        "optimizer = torch.optim.AdamW(model.parameters())\n"
+        "guard = poise.Guard.for_run(model, optimizer)\n"
+        "loss = model(torch.ones(1, 2)).sum()\n"
+        "loss.backward()\n"
+        "sys.exit(not guard.allows(loss))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,6 @@ class TrainHost:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.halted: str | None = None
 
     def rollback(self, at_most: int, drop_data: bool) -> int:
         """Restore the newest verified checkpoint at or before ``at_most``; the data position moves on.
@@ -54,4 +53,4 @@ class TrainHost:
 
     def halt(self, reason: str) -> None:
         """Let the loop end after this step, with ``reason`` for the user."""
-        self.halted = reason
+        self._run.halted = reason

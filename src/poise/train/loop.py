@@ -71,8 +71,8 @@ def train(run: Run, stop: StopRequest | None = None) -> Outcome:
             run.store.note_progress(signals.step)
             run.tell("on_step", run.report(signals, decision))
             note(run, decision)
-            if run.host.halted is not None:
-                return end(run, "halted", run.host.halted)
+            if run.halted is not None:
+                return end(run, "halted", run.halted)
             step, last = run.position.step, run.position.step == config.steps
             if config.eval_every and (last or step % config.eval_every == 0):
                 evaluate(run)

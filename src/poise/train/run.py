@@ -29,6 +29,7 @@ from poise.model.build import build as build_model
 from poise.model.counts import count
 from poise.optim.build import build as build_optimizer
 from poise.train import loop
+from poise.train.host import TrainHost
 from poise.train.observers import Observer
 from poise.train.recipe import Recipe
 from poise.train.state import Run
@@ -232,7 +233,7 @@ def _assemble(
     if recipe.data.val_fraction > 0 and len(tokens.split("val").tokens) > config.seq_len:
         validation = Loader(tokens, config.seq_len, recipe.seed, split="val")
     store = CheckpointStore(folder / "checkpoints", config.keep_last, config.keep_best)
-    return Run(
+    run = Run(
         recipe=recipe,
         model=model,
         optimizer=optimizer,
@@ -253,6 +254,8 @@ def _assemble(
         },
         observers=list(observers) if world.rank == 0 else [],
     )
+    run.host = TrainHost(run)
+    return run
 
 
 def _write_run_record(run: Run, command: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from poise.core.host import Host
 from poise.core.journal import Journal
 from poise.core.types import Batch, Decision, Signals
 from poise.data.loader import Loader
@@ -25,7 +26,6 @@ from poise.hardware.state import pack
 from poise.model.decoder import Decoder
 from poise.optim.chain import Chain
 from poise.optim.schedules import lr_at
-from poise.train.host import TrainHost
 from poise.train.observers import Observer, StepReport
 from poise.train.recipe import Recipe
 
@@ -69,15 +69,13 @@ class Run:
     text: dict[str, Any]
     observers: list[Observer] = field(default_factory=list)
     position: Position = field(default_factory=Position)
-    host: TrainHost = field(init=False)
+    host: Host = field(init=False)
+    halted: str | None = None
     _readings: list[torch.Tensor] = field(default_factory=list)
     _first_sample: int = 0
     _began: float = 0.0
     _recorded: float = 0.0
     _carry: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.host = TrainHost(self)
 
     # -- the parts of a step ---------------------------------------------------------------------------
 
