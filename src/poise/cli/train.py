@@ -80,7 +80,12 @@ def next_commands(outcome: Outcome, out: Path) -> list[str]:
             "poise train --data YOUR_TEXT_FOLDER",
             "poise demo",
         ]
-    return [f"poise resume {out}", f"poise resume {out} --optim.lr LOWER", "poise demo"]
+    if outcome.reason == "stopped":
+        return [f"poise resume {out}", "poise train --data YOUR_TEXT_FOLDER", "poise demo"]
+    from poise.train.run import read_recipe
+
+    lower = read_recipe(out).optim.lr / 2
+    return [f"poise resume {out} --optim.lr {lower:g}", f"poise resume {out}", "poise demo"]
 
 
 def next_free(folder: Path) -> Path:
