@@ -25,7 +25,7 @@ from poise.train.run import resume, train
 recipe, folder, how = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], sys.argv[3]
 outcome = train(load("nano", recipe), folder) if how == "train" else resume(folder, {"train": {"steps": 30}})
 assert outcome.reason == "finished", outcome
-distributed.shutdown()
+distributed.leave(0)
 """
 
 

@@ -62,14 +62,16 @@ def main(words: Sequence[str]) -> int:
 def finish(outcome: Outcome, out: Path, *, as_json: bool) -> int:
     """Print the summary of a run that has ended; return the exit code."""
     from poise.cli.terminal import show_summary, summary_json
-    from poise.hardware.distributed import rank
+    from poise.hardware.distributed import leave, rank
 
+    code = EXIT_HALTED if outcome.reason == "halted" else 0
     if rank() == 0:
         if as_json:
             print(summary_json(out, outcome.reason))
         else:
             show_summary(out, next_commands(outcome, out))
-    return EXIT_HALTED if outcome.reason == "halted" else 0
+    leave(code)
+    return code
 
 
 def next_commands(outcome: Outcome, out: Path) -> list[str]:

@@ -6,6 +6,7 @@ Everything here also works in one process without a process group, so that calle
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -143,9 +144,23 @@ def broadcast(value: T) -> T:
 
 
 def shutdown() -> None:
-    """Leave the world; harmless when alone."""
+    """Leave the world, all ranks together; harmless when alone."""
     if _together():
+        dist.barrier()  # nobody takes the store away while another rank still needs it
         dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End a rank's process with ``code``; return when alone.
+
+    Without the interpreter's teardown: threads of a process group that is gone can abort the process there, and
+    the launcher would take a finished run for a crashed one and restart it.
+    """
+    if _together():
+        shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _together() -> bool:

@@ -114,7 +114,7 @@ def main():
     world = distributed.init("cpu", timeout_s=60)
     check_world(world)
     check_checkpoints(world, Path(sys.argv[1]))
-    distributed.shutdown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":
