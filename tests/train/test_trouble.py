@@ -135,3 +135,23 @@ def test_replaced_bytes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "60 bytes were not valid UTF-8" in capsys.readouterr().err
     record = next(r for r in read(tmp_path / "run" / "journal.jsonl") if r["type"] == "run")
     assert record["data"]["replaced_bytes"] == 60
+
+
+def test_a_data_folder_of_another_text_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """``data.dir`` names a place, not a text: what lies there from another source is prepared anew."""
+    for name, word in (("one", "alpha"), ("two", "omega")):
+        (tmp_path / name).mkdir()
+        for number in range(30):
+            (tmp_path / name / f"{number}.md").write_text(f"{number}: " + f"{word} beta gamma delta epsilon. " * 40)
+    sources = []
+    for name in ("one", "two"):
+        values = {
+            "data": {"source": str(tmp_path / name), "dir": str(tmp_path / "tokens"), "vocab_size": 280},
+            "model": {"n_layers": 1, "d_model": 32, "n_heads": 2},
+            "optim": {"schedule": {"warmup_steps": 1}},
+            "train": {"steps": 2, "batch_size": 2, "seq_len": 16, "compile": "off", "eval_every": 0},
+        }
+        train(load("nano", values), tmp_path / f"run-{name}")
+        record = next(r for r in read(tmp_path / f"run-{name}" / "journal.jsonl") if r["type"] == "run")
+        sources.append(record["data"]["source"])
+    assert sources[0] != sources[1]

@@ -29,6 +29,7 @@ from poise.model.build import build as build_model
 from poise.model.counts import count
 from poise.optim.build import build as build_optimizer
 from poise.train import loop
+from poise.train.budget import UTILISATION
 from poise.train.host import TrainHost
 from poise.train.observers import Observer
 from poise.train.recipe import Recipe
@@ -102,18 +103,24 @@ def resume(
     folder = Path(folder)
     recipe = read_recipe(folder, over)
     records = read(folder / "journal.jsonl") if (folder / "journal.jsonl").exists() else []
-    done = max((r["step"] for r in timeline(records)), default=0)
+    done = _steps_done(records)
     if recipe.train.steps < done:
         raise UserError(f"the run has done {done} steps, train.steps is {recipe.train.steps}; use a larger number")
     if finished(records, recipe):
         return None
     world = distributed.init()
-    tokens, _ = prepared(recipe, None, world)
+    # What was prepared for this run stays, even if its source has changed since; only if it is gone, it is remade.
+    kept = Path(recipe.data.dir)
+    tokens = open_tokens(kept) if is_prepared(kept) else prepared(recipe, None, world)[0]
     check(recipe, tokens, world)
     run = assemble(recipe, folder, tokens, world, observers)
     with _closing(run, folder):
         _take_up(run, folder, records, over, command)
         return _attempt(run)
+
+
+def _steps_done(records: Sequence[Mapping[str, Any]]) -> int:
+    return max((record["step"] for record in timeline(records)), default=0)
 
 
 def finished(records: Sequence[Mapping[str, Any]], recipe: Recipe) -> bool:
@@ -142,7 +149,7 @@ def prepared(recipe: Recipe, progress: Progress | None, world: distributed.World
     """Return the recipe's text as tokens, preparing it where that has not been done; rank 0 does the work."""
     data = recipe.data
     folder = Path(data.dir) if data.dir else None
-    if world.rank == 0 and not (folder and is_prepared(folder)):
+    if world.rank == 0:
         done = prepare(
             data.source,
             folder,
@@ -178,11 +185,11 @@ def resolve(recipe: Recipe, tokens: Tokens) -> Recipe:
 
 
 def expected_seconds(recipe: Recipe, vocab_size: int) -> float:
-    """Rough time of the run here: its arithmetic at 40 % of this machine's matrix-product rate."""
+    """Rough time of the run here: its arithmetic at ``UTILISATION`` of this machine's matrix-product rate."""
     device = distributed.init().device
     rate = throughput.matmul_rate(precision.pick_dtype(recipe.train.dtype, device), device)
     flops = count(recipe.spec(vocab_size)).flops_per_token * recipe.tokens_per_step * recipe.train.steps
-    return float(flops / (0.4 * rate * distributed.size()))
+    return float(flops / (UTILISATION * rate * distributed.size()))
 
 
 def check(recipe: Recipe, tokens: Tokens, world: distributed.World) -> None:
@@ -280,7 +287,7 @@ def _take_up(
 ) -> None:
     """Bring an assembled run to where its newest verified checkpoint is, and say so in the journal."""
     reason, damaged = "no checkpoint yet: started again from step 0", list[str]()
-    done = max((record["step"] for record in timeline(records)), default=0)
+    done = _steps_done(records)
     if run.store.steps():
         limit = run.store.resume_limit()
         loaded = run.restore(limit)
