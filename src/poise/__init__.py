@@ -28,7 +28,8 @@ _NAMES = {
     "UserError": "poise.core.errors",
     "Conflict": "poise.core.errors",
     "Guard": "poise.guard.guard",
-    "GuardConfig": "poise.guard.guard",
+    "GuardConfig": "poise.guard.config",
+    "watch": "poise.guard.signals.watch",
     "Chain": "poise.optim.chain",
     "Spec": "poise.model.spec",
     "PRESETS": "poise.model.presets",
@@ -43,13 +44,19 @@ _NAMES = {
     "train_recipe": "poise.train.run:train",
     "resume_run": "poise.train.run:resume",
     "write_report": "poise.dashboard.report",
+    "read_log": "poise.postmortem.log",
 }
 """Public name -> module that defines it (``module:name`` where the names differ)."""
+
+_ROOMS = frozenset({"guard", "integrations", "optim", "postmortem"})
+"""Rooms that can be reached without importing them by name: ``poise.postmortem.read_log``."""
 
 __all__ = ["__version__", *_NAMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _NAMES:
         raise AttributeError(f"module 'poise' has no attribute '{name}'")
     module, _, attribute = _NAMES[name].partition(":")

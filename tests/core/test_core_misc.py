@@ -19,6 +19,8 @@ from poise.core.types import (
     Halt,
     LowerLr,
     Proceed,
+    QkClip,
+    RaisePrecision,
     ResetMoments,
     Rollback,
     Signals,
@@ -34,6 +36,8 @@ DECISIONS = [
     (Rollback(at_most=7), "rollback"),
     (DropData(first=1, last=3), "drop_data"),
     (Halt(reason="x"), "halt"),
+    (QkClip(places=("block.0",), threshold=100.0), "qk_clip"),
+    (RaisePrecision(places=("block.0",)), "raise_precision"),
 ]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from poise.core.errors import UserError
 from poise.core.journal import read, timeline
 from poise.studies.demo import run_demo
 from poise.studies.inject import Fault, Injector
@@ -32,7 +31,8 @@ def test_bare_dies_and_guarded_finishes(tiny: dict[str, Any], tmp_path: Path) ->
     bare, guarded, clean = demo.row("bare"), demo.row("guarded"), demo.row("clean")
     assert math.isnan(bare.final_loss) and math.isnan(bare.val_loss)
     assert guarded.outcome == clean.outcome == "finished"
-    assert guarded.skipped >= 3 and clean.skipped == clean.rollbacks == 0
+    assert guarded.skipped >= 2, "inf and NaN at the least"
+    assert clean.skipped == clean.rollbacks == 0
     assert abs(demo.guarded_gap) < 0.25
     assert demo.page.read_text().count("garbage batch") >= 1
     records = read(tmp_path / "demo" / "guarded" / "journal.jsonl")
@@ -57,8 +57,3 @@ def test_high_lr_is_in_the_journal(tiny: dict[str, Any], tmp_path: Path) -> None
     train(load("nano", values), tmp_path / "run", before=Injector([fault]).attach)
     lr = {r["step"]: r["lr"] for r in timeline(read(tmp_path / "run" / "journal.jsonl")) if r["type"] == "step"}
     assert [round(lr[step] / lr[19], 6) for step in (19, 20, 21, 22)] == [1, 10, 10, 1]
-
-
-def test_a_fault_that_cannot_be() -> None:
-    with pytest.raises(UserError, match="at least 1"):
-        Fault("nan_gradient", at=0)

@@ -29,6 +29,8 @@ FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
     "save": ("step", "path"),
     "restart": ("step", "reason"),
     "rollback": ("step", "to"),
+    "layers": ("step", "readings"),
+    "verdict": ("step", "cause", "certainty", "evidence"),
     "end": ("step", "reason"),
 }
 """Record types and the fields each must have; it may have more."""
@@ -107,6 +109,8 @@ def timeline(records: Iterable[Record]) -> list[Record]:
                 kept.pop()
             kept.append(record)
         elif record["type"] == "eval":
+            while kept and kept[-1]["step"] > record["step"]:
+                kept.pop()
             kept.append(record)
         elif record["type"] == "rollback":
             while kept and kept[-1]["step"] > record["to"]:

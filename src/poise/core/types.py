@@ -43,7 +43,8 @@ class Signals:
         grad_norm: L2 norm of the whole gradient before clipping.
         lr: learning rate the step would use.
         tokens: tokens consumed up to and including this step.
-        extra: further named readings (log_z, update_rms, ...), only floats.
+        extra: further readings by name, only floats: ``update_rms`` of the whole model, ``update_rms@block.3`` of
+            one place in it. A reading that was not taken at this step is absent. ``docs/guard.md`` lists the names.
     """
 
     step: int
@@ -52,6 +53,15 @@ class Signals:
     lr: float
     tokens: int
     extra: Mapping[str, float] = field(default_factory=dict)
+
+    def places(self, reading: str) -> dict[str, float]:
+        """Return a reading's value at every place where it was taken.
+
+        >>> Signals(1, 2.0, 1.0, 1e-3, 0, {"grad_norm@head": 0.5, "log_z": 3.0}).places("grad_norm")
+        {'head': 0.5}
+        """
+        start = reading + "@"
+        return {name[len(start) :]: value for name, value in self.extra.items() if name.startswith(start)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,7 @@ class Alarm:
         expected: what a healthy run would have shown.
         detector: the name of the detector.
         message: one sentence for a person.
+        place: where in the model, e.g. ``block.3``; empty when it concerns all of it or none.
     """
 
     kind: str
@@ -77,6 +88,33 @@ class Alarm:
     expected: float
     detector: str
     message: str
+    place: str = ""
+
+
+Cause = Literal["data", "optimizer", "schedule", "architecture", "precision", "hardware", "software", "unknown"]
+Certainty = Literal["measured", "likely", "possible"]
+"""``measured``: an experiment told it from the others; ``likely``: its own signature; ``possible``: it fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What caused a trouble, as far as the evidence goes.
+
+    Attributes:
+        cause: ``unknown`` where nothing tells the causes apart.
+        certainty: how much the evidence is worth.
+        evidence: one sentence with its numbers for each thing that was seen.
+        place: where in the model it began; empty when it has no place.
+        samples: first and last global sample number of the data concerned; ``None`` when data are not the cause.
+        weights: what showing the last good batch again said of them: ``sound`` if its loss had not changed.
+    """
+
+    cause: Cause
+    certainty: Certainty
+    evidence: tuple[str, ...]
+    place: str = ""
+    samples: tuple[int, int] | None = None
+    weights: Literal["sound", "damaged", "unknown"] = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +123,7 @@ class Decision:
 
     reason: str = ""
     alarms: tuple[Alarm, ...] = ()
+    verdict: Verdict | None = None
 
     @property
     def action(self) -> str:
@@ -96,6 +135,16 @@ class Decision:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proceed(Decision):
     """Take the step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch(Proceed):
+    """Take the step and keep an eye on it: something is wrong, and waiting is the best that can be done.
+
+    ``would`` is what a guard that only observes would have done instead.
+    """
+
+    would: Decision | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,25 +161,52 @@ class Clip(Decision):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowerLr(Decision):
-    """Multiply the learning rate by ``factor`` from here on, and do not take this step."""
+    """Multiply the learning rate by ``factor``, and do not take this step.
+
+    With ``rewarm`` > 0 the factor then climbs back to 1 over that many steps; with 0 it stays.
+    """
 
     factor: float
+    rewarm: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResetMoments(Decision):
-    """Zero the optimizer's moments, and do not take this step."""
+    """Zero the optimizer's moments (of ``places``, of all where empty) and warm up again; do not take this step."""
+
+    places: tuple[str, ...] = ()
+    rewarm: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QkClip(Decision):
+    """Scale the query and key weights of ``places`` so that no attention logit exceeds ``threshold``.
+
+    The gradient belongs to the weights before the change, so this step is not taken.
+    """
+
+    places: tuple[str, ...]
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaisePrecision(Decision):
+    """Compute ``places`` in fp32 from here on, and do not take this step."""
+
+    places: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollback(Decision):
     """Restore the newest verified checkpoint whose step is at most ``at_most``; go on with new data.
 
-    The samples consumed since that checkpoint are dropped unless ``drop_data`` is false.
+    The samples consumed since that checkpoint are dropped unless ``drop_data`` is false. The learning rate is
+    multiplied by ``lr_factor`` from there on.
     """
 
     at_most: int
     drop_data: bool = True
+    lr_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,8 @@ class Incident:
         reason: why.
         injected: name of the fault that was put in on purpose; empty for a natural one.
         loss: training loss of the first step; None if not recorded.
+        cause: the guard's verdict with its certainty and place, e.g. ``data (measured)``; empty where it gave none.
+        evidence: what the verdict rests on.
     """
 
     step: int
@@ -55,6 +57,8 @@ class Incident:
     reason: str = ""
     injected: str = ""
     loss: float | None = None
+    cause: str = ""
+    evidence: tuple[str, ...] = ()
 
     @property
     def steps(self) -> str:
@@ -78,6 +82,7 @@ class Moment:
     step: int
     events: list[Record] = field(default_factory=list)
     decisions: list[Record] = field(default_factory=list)
+    verdicts: list[Record] = field(default_factory=list)
     step_record: Record | None = None
 
     @property
@@ -158,7 +163,7 @@ def moments(records: Iterable[Record]) -> Iterator[Moment]:
         kind, step = record["type"], record.get("step")
         if kind in _BREAKS:
             over = True
-        elif kind in ("event", "decision", "step") and is_number(step):
+        elif kind in ("event", "decision", "verdict", "step") and is_number(step):
             same = now is not None and now.step == step and (kind != "step" or now.step_record is None)
             if now is None or not same or (over and not (kind == "step" and action_of(record))):
                 if now:
@@ -169,6 +174,8 @@ def moments(records: Iterable[Record]) -> Iterator[Moment]:
                 now.events.append(record)
             elif kind == "decision":
                 now.decisions.append(record)
+            elif kind == "verdict":
+                now.verdicts.append(record)
             else:
                 now.step_record = record
     if now:
@@ -192,6 +199,7 @@ def _of_moment(moment: Moment) -> Iterator[Incident]:
     answered = [a if isinstance(a, dict) else {"kind": a} for a in alarms]
     if not answered and action not in ("", "proceed"):
         answered = [{"kind": "decision"}]
+    cause, evidence = _cause(moment.verdicts[-1]) if moment.verdicts else ("", ())
     for alarm in answered:
         yield Incident(
             step=moment.step,
@@ -207,7 +215,16 @@ def _of_moment(moment: Moment) -> Iterator[Incident]:
             reason=reason,
             injected=str(alarm.get("injected") or injected),
             loss=_loss(moment, alarm),
+            cause=cause,
+            evidence=evidence,
         )
+
+
+def _cause(verdict: Record) -> tuple[str, tuple[str, ...]]:
+    place = f" in {verdict['place']}" if verdict.get("place") else ""
+    evidence = verdict.get("evidence")
+    sentences = tuple(str(e) for e in evidence) if isinstance(evidence, list | tuple) else ()
+    return f"{verdict.get('cause')}{place} ({verdict.get('certainty')})", sentences
 
 
 def _fold(first: Incident, more: Incident) -> Incident:
@@ -221,6 +238,8 @@ def _fold(first: Incident, more: Incident) -> Incident:
         message=worst.message,
         reason=worst.reason,
         severity=worst.severity,
+        cause=first.cause or more.cause,
+        evidence=first.evidence or more.evidence,
     )
 
 

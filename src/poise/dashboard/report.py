@@ -118,6 +118,10 @@ def _guard_section(page: Page, summary: Summary) -> None:
         head.insert(2, "Injected")
         for row, one in zip(rows, found, strict=False):
             row.insert(2, one.injected.replace("_", " "))
+    if any(one.cause for one in found):
+        head.insert(-1, "Cause")
+        for row, one in zip(rows, found, strict=False):
+            row.insert(-1, one.cause or MISSING)
     page.table(head, rows, wide=["Reason"], tag="Injected")
     if len(found) > ROWS:
         page.paragraph(f"{len(found) - ROWS:,} more are in journal.jsonl.", "soft")
@@ -130,6 +134,7 @@ def _row(one: Incident) -> list[str]:
     parts = [one.message] if one.severity == "note" or not one.reason else [one.reason]
     if one.message and one.message not in parts[0]:
         parts.append(one.message)
+    parts += [sentence for sentence in one.evidence if one.message not in sentence]
     reason = " ".join(_sentence(part) for part in parts if part)
     return [
         one.steps + times,

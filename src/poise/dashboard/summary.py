@@ -32,6 +32,9 @@ _ACTIONS: Final = {
     "rollback": "rolled back",
     "drop_data": "dropped the data",
     "halt": "halted the run",
+    "watch": "took the step, watching",
+    "qk_clip": "clipped queries and keys",
+    "raise_precision": "raised the precision",
 }
 _ENDINGS: Final[dict[str, State]] = {"finished": "finished", "stopped": "stopped", "halted": "halted"}
 
@@ -205,7 +208,8 @@ def _guard_lines(summary: Summary) -> list[str]:
         expected = f" (expected {number(one.expected)})" if reading and one.expected is not None else ""
         injected = ", injected" if one.injected else ""
         head = f"step {one.steps}{times}: {one.kind.replace('_', ' ')}"
-        lines.append(f"    {head}{reading}{expected}{injected}: {action_text(one)}")
+        cause = f"; cause: {one.cause}" if one.cause else ""
+        lines.append(f"    {head}{reading}{expected}{injected}: {action_text(one)}{cause}")
     more = len(summary.incidents) - SHOWN_INCIDENTS
     if more > 0:
         lines.append(f"    and {more:,} more, all in the report")

@@ -1,7 +1,9 @@
 """The guard room's detectors, one file each."""
 
-METHODS = (
-    "poise.guard.detectors.nonfinite",
-    "poise.guard.detectors.fast_spike",
-    "poise.guard.detectors.grad_spike",
+_DETECTORS = (
+    *("nonfinite", "fast_spike", "level_shift", "slow_divergence", "chaotic", "collapse", "plateau", "data_outlier"),
+    *("grad_spike", "grad_runup", "update_jump", "moment_lag", "stale_moment", "logit_growth", "entropy_collapse"),
+    *("weight_jump", "underflow", "repeated_data", "lr_jump", "loss_spread"),
 )
+
+METHODS = tuple(f"poise.guard.detectors.{name}" for name in _DETECTORS)

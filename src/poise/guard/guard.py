@@ -11,113 +11,91 @@ In anybody's loop::
             optimizer.step()
         optimizer.zero_grad()
 
-With fp16 and a ``GradScaler``, call ``scaler.unscale_(optimizer)`` before ``allows``.
+With fp16 and a ``GradScaler``, pass it: ``Guard.for_run(model, optimizer, scaler=scaler)``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from poise.core.errors import UserError
-from poise.core.host import Host
-from poise.core.types import Clip, Decision, Halt, Proceed, Rollback, Signals, Skip
-from poise.guard.detectors.base import Detector
-from poise.guard.detectors.fast_spike import FastSpike
-from poise.guard.detectors.grad_spike import GradSpike
-from poise.guard.detectors.nonfinite import NonFinite
-from poise.guard.policy import Policy, PolicyConfig
-from poise.guard.responses.dispatch import carry_out
-from poise.guard.signals.gradient import agree, gradient_norm
+from poise.core.host import Host, Rewinder
+from poise.core.types import (
+    Alarm,
+    Clip,
+    Decision,
+    Halt,
+    Proceed,
+    QkClip,
+    ResetMoments,
+    Rollback,
+    Signals,
+    Skip,
+    Verdict,
+    Watch,
+)
+from poise.guard.cause import Causes
+from poise.guard.config import GuardConfig, Mode
+from poise.guard.detectors.base import Detector, Expectant
+from poise.guard.detectors.standard import ON_EVIDENCE, standard
+from poise.guard.policy import ABILITIES, Policy
+from poise.guard.responses.dispatch import abilities
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+    from torch.amp.grad_scaler import GradScaler
     from torch.optim import Optimizer
+
+    from poise.guard.drop_in import Loop
 
 log = logging.getLogger("poise")
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 Observer = Callable[[Signals, Decision], None]
+Examine = Callable[[Signals], Mapping[str, float]]
+"""Takes more readings of a step that raised an alarm; called on all ranks, before the optimizer."""
 
 
 class TrainingHalted(RuntimeError):  # noqa: N818 - it says what happened; it is not an error of the program
     """Going on would do harm, and there is no host to ask for better. The message is for the user."""
 
 
-@dataclass(frozen=True)
-class GuardConfig:
-    """What the guard looks at and how patient it is. Windows and patience are in steps.
-
-    Attributes:
-        enabled: false lets every step through.
-        window: span of the median that is the loss's level.
-        scale_window: span over which the loss's noise is measured.
-        sigma: robust standard deviations above the level that make a spike.
-        floor: relative rise below which nothing is a spike, 0.05 for 5 %.
-        min_values: steps before the spike rule judges at all.
-        relearn_after: steps in a row above the bar before a steady new level is accepted.
-        grad_sigma, grad_factor: the same for the gradient norm (notes only): deviations, and times its level.
-        skip_patience, cool_down, max_rollbacks, max_skips, budget_steps: see ``PolicyConfig``.
-    """
-
-    enabled: bool = True
-    window: int = 32
-    scale_window: int = 128
-    sigma: float = 6.0
-    floor: float = 0.05
-    min_values: int = 20
-    relearn_after: int = 50
-    grad_sigma: float = 8.0
-    grad_factor: float = 2.0
-    skip_patience: int = 5
-    cool_down: int = 100
-    max_rollbacks: int = 3
-    max_skips: int = 50
-    budget_steps: int = 1000
-
-    def __post_init__(self) -> None:
-        for name, least in (("window", 2), ("scale_window", 8), ("min_values", 5), ("relearn_after", 10)):
-            if getattr(self, name) < least:
-                raise UserError(f"guard.{name} is {getattr(self, name)}; use at least {least}")
-        for name, above in (("sigma", 0.0), ("floor", 0.0), ("grad_sigma", 0.0), ("grad_factor", 1.0)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > above):
-                raise UserError(f"guard.{name} is {value}; use a finite number above {above:g}")
-        _ = self.policy  # its own checks
-
-    @property
-    def policy(self) -> PolicyConfig:
-        """The policy's share of the settings."""
-        return PolicyConfig(
-            skip_patience=self.skip_patience,
-            cool_down=self.cool_down,
-            max_rollbacks=self.max_rollbacks,
-            max_skips=self.max_skips,
-            budget_steps=self.budget_steps,
-        )
-
-
 class Guard:
-    """Detectors and a policy. Not thread-safe; one per run.
+    """Detectors, causes and a policy. Not thread-safe; one per run.
 
     Args:
         detectors: all of them see every step; names must be unique.
         policy: turns their alarms into one decision; ``None`` lets every step through.
         observer: told about every decision after it was made; it cannot change it.
+        examine: takes more readings when something critical was seen.
+        mode: see ``GuardConfig``.
     """
 
-    def __init__(self, detectors: Sequence[Detector], policy: Policy | None, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        detectors: Sequence[Detector],
+        policy: Policy | None,
+        observer: Observer | None = None,
+        *,
+        examine: Examine | None = None,
+        mode: Mode = "act",
+    ) -> None:
         names = [detector.name for detector in detectors]
         if len(set(names)) < len(names):
             raise UserError(f"two detectors have the same name in {names}; give each its own")
         self._detectors = tuple(detectors)
         self._policy = policy
+        self._causes = Causes()
         self._observer = observer
-        self._loop: _Loop | None = None
+        self._examine = examine
+        self._mode = mode
+        self._loop: Loop | None = None
+        self._decided = 0
 
     @classmethod
     def for_run(
@@ -126,70 +104,180 @@ class Guard:
         optimizer: Optimizer,
         config: GuardConfig | None = None,
         host: Host | None = None,
+        *,
+        scaler: GradScaler | None = None,
     ) -> Guard:
         """Return a guard for a loop of one's own; ask it with ``allows``.
 
         Args:
-            model: its parameters' gradients are watched.
-            optimizer: read for the learning rate only. One with a ``measure()`` method (``poise.optim``)
-                lends its gradient norm, so that the norm is computed once.
-            config: defaults are sane.
-            host: who can go back to a checkpoint. Without one the guard skips bad steps; where skipping is
-                not enough it raises ``TrainingHalted`` for NaN and lets a spike through with a warning.
+            model: its gradients, weights and layers are watched. Give the wrapped one (DDP, FSDP, compiled).
+            optimizer: read, never written to. One with a ``measure()`` method (``poise.optim``) lends its gradient
+                norm, so that the norm is computed once.
+            config: the default is calibrated for ordinary runs.
+            host: who can go back to a checkpoint or lower the rate (``poise.integrations.plain`` has one). Without
+                one the guard skips and clips; where that is not enough it raises ``TrainingHalted`` for NaN and
+                lets a spike through with a warning.
+            scaler: the loop's gradient scaler. ``allows`` unscales the gradients unless ``unscale_`` was called before;
+                call ``scaler.update()`` after every step, also after one that was not allowed.
         """
-        guard = build(config or GuardConfig(), can_rollback=None if host else lambda at_most: False)
-        guard._loop = _Loop(model, optimizer, host)
+        from poise.guard.drop_in import Loop
+
+        config = config or GuardConfig()
+        guard = build(config, can=frozenset() if host is None else abilities(host))
+        guard._loop = Loop(model, optimizer, host, scaler, every=config.every if config.enabled else 0)
+        guard._examine = guard._loop.examine
         return guard
 
     def decide(self, signals: Signals) -> Decision:
         """Return what to do about this step. Call it once for every step, before the optimizer.
 
-        The alarms that led to the decision, notes included, are in the decision; nothing is recorded here.
+        The alarms that led to the decision, notes included, and the verdict on their cause are in the decision;
+        nothing is recorded here.
         """
         alarms = [alarm for d in self._detectors if (alarm := d.update(signals)) is not None]
-        decision: Decision = Proceed() if self._policy is None else self._policy.decide(signals.step, alarms)
+        measured: Mapping[str, float] = {}
+        if self._examine is not None and any(alarm.severity == "critical" for alarm in alarms):
+            measured = self._examine(signals)
+            alarms += self._second_look(signals, measured)
+        self._causes.see(signals.step, alarms)
+        verdict = self._causes.name(signals, measured)
+        decision = self._answer(signals, alarms, verdict)
+        if isinstance(decision, QkClip | ResetMoments):
+            self._expect_change(decision)
         if isinstance(decision, Proceed) and any(alarm.severity == "critical" for alarm in alarms):
-            log.warning("guard, step %d: %s", signals.step, decision.reason)  # giving up is loud
+            log.warning("guard, step %d: %s", signals.step, decision.reason)  # doing nothing is never silent
+        self._decided = zlib.crc32(f"{self._decided} {signals.step} {decision.action}".encode()) & 0xFFFFFF
         if self._observer is not None:
             self._observer(signals, decision)
         return decision
 
-    def allows(self, loss: Tensor | float) -> bool:
+    def _expect_change(self, decision: QkClip | ResetMoments) -> None:
+        """Tell the detectors that weights or moments of some places are about to be set on purpose."""
+        for detector in self._detectors:
+            if isinstance(detector, Expectant) and (detector.name == "weight_jump") == isinstance(decision, QkClip):
+                detector.expect_change(decision.places)
+
+    def _second_look(self, signals: Signals, measured: Mapping[str, float]) -> list[Alarm]:
+        """Let the detectors that look at weights and layers judge what was measured on alarm."""
+        fresh = {name: value for name, value in measured.items() if name not in signals.extra}
+        if not fresh:
+            return []
+        again = dataclasses.replace(signals, extra={**signals.extra, **fresh})
+        return [a for d in self._detectors if d.name in ON_EVIDENCE and (a := d.update(again)) is not None]
+
+    def _answer(self, signals: Signals, alarms: Sequence[Alarm], verdict: Verdict | None) -> Decision:
+        if self._policy is None:
+            return Proceed()
+        decision = self._policy.decide(signals, alarms, verdict)
+        if verdict is not None:
+            decision = dataclasses.replace(decision, verdict=verdict)
+        if self._mode == "act" or isinstance(decision, Proceed):
+            return decision
+        fatal = any(alarm.kind == "nonfinite" for alarm in alarms)
+        if self._mode == "halt" and (fatal or not isinstance(decision, Skip | Clip)):
+            reason = f"halted at step {signals.step}, as guard.mode = halt asks: {decision.reason}"
+            return Halt(reason=reason, alarms=decision.alarms, verdict=verdict)
+        reason = f"observing; would {decision.action.replace('_', ' ')}: {decision.reason}"
+        return Watch(would=decision, reason=reason, alarms=decision.alarms, verdict=verdict)
+
+    @property
+    def step(self) -> int:
+        """Number of the last step that ``allows`` was asked about."""
+        return 0 if self._loop is None else self._loop.step
+
+    def close(self) -> None:
+        """Take the hooks off the model; the guard must not be asked again."""
+        if self._loop is not None:
+            self._loop.close()
+
+    @property
+    def token(self) -> int:
+        """A number that is the same on all ranks as long as all have decided the same, below 2**24."""
+        return self._decided
+
+    def allows(self, loss: Any) -> bool:
         """Whether to call ``optimizer.step()`` now. Ask once a step, after ``backward`` and before clipping.
 
         Waits for the device once. Under ``torch.distributed`` every rank asks and all get the same answer.
 
+        Args:
+            loss: a tensor (its mean counts), a number, or an output with a ``loss``; with ``None`` the gradients alone
+                are judged.
+
         Raises:
             TrainingHalted: skipping is not enough and nobody can go back to a checkpoint.
-            UserError: the guard was not made by ``for_run``.
+            UserError: the guard was not made by ``for_run``, or no loss can be read.
         """
         if self._loop is None:
             raise UserError("allows() needs to know the model; make the guard with Guard.for_run(model, optimizer)")
-        signals = self._loop.read(loss)
-        decision = self.decide(signals)
+        if self._policy is None:
+            return True
+        decision = self.decide(self._loop.read(loss, self._decided))
         match decision:
             case Proceed():
+                if not any(alarm.severity == "critical" for alarm in decision.alarms):
+                    self._loop.accept()
                 return True
             case Clip(max_norm=max_norm):
+                log.warning("guard, step %d: %s", self._loop.step, decision.reason)
                 self._loop.clip(max_norm)
                 return True
             case Skip():
-                log.warning("guard, step %d: %s", signals.step, decision.reason)
+                log.warning("guard, step %d: %s", self._loop.step, decision.reason)
                 return False
             case Rollback() | Halt() if self._loop.host is None:
                 raise TrainingHalted(decision.reason)
             case other:
-                log.warning("guard, step %d: %s: %s", signals.step, other.action, other.reason)
+                log.warning("guard, step %d: %s: %s", self._loop.step, other.action, other.reason)
                 self._loop.carry_out(other)
                 return False
 
+    def investigate(
+        self,
+        event_step: int,
+        host: Rewinder,
+        *,
+        observed: Sequence[tuple[int, float]],
+        level: float,
+        grad_norms: Sequence[tuple[int, float]] = (),
+        samples: tuple[int, int] | None = None,
+        deterministic: bool = True,
+    ) -> Verdict:
+        """Find by experiment what caused the trouble at ``event_step``: see ``poise.guard.investigate``.
+
+        Args:
+            event_step: the step at which the trouble showed.
+            host: who can go back, train again on the side, and come back. All ranks call this together.
+            observed: (step, loss) as they were recorded.
+            level: the loss that a healthy step would have had, in nats; a spike is more than half of what
+                was recorded above it.
+            grad_norms: (step, gradient norm) as they were recorded.
+            samples: first and last sample of the event's step.
+            deterministic: whether the same work gives the same bits on this machine.
+        """
+        from poise.guard.investigate import investigate
+
+        recorded = [loss for step, loss in observed if step == event_step and loss > level]
+        bar = level + 0.5 * (min(recorded) - level) if recorded else 1.5 * level
+        return investigate(
+            event_step,
+            host,
+            observed=observed,
+            level=bar,
+            grad_norms=grad_norms,
+            samples=samples,
+            deterministic=deterministic,
+        )
+
     def state_dict(self) -> dict[str, Any]:
-        """Return everything the guard remembers, JSON-able and exact."""
+        """Return everything the guard remembers, JSON-able and exact. Call it between two steps."""
         return {
             "format": STATE_FORMAT,
             "detectors": {detector.name: detector.state_dict() for detector in self._detectors},
             "policy": None if self._policy is None else self._policy.state_dict(),
-            "step": None if self._loop is None else self._loop.step,
+            "causes": self._causes.state_dict(),
+            "decided": self._decided,
+            "loop": None if self._loop is None else self._loop.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], keep_policy: bool = False) -> None:
@@ -201,7 +289,7 @@ class Guard:
                 policy remembers what it has tried, so that a run cannot go round in circles.
 
         Raises:
-            UserError: the state is not one of a guard, or of a later format.
+            UserError: the state is not one of a guard, or of another format.
         """
         if state.get("format") != STATE_FORMAT:
             raise UserError(
@@ -211,80 +299,41 @@ class Guard:
         for detector in self._detectors:
             if detector.name in state["detectors"]:
                 detector.load_state_dict(state["detectors"][detector.name])
-        if self._policy is not None and state["policy"] is not None and not keep_policy:
-            self._policy.load_state_dict(state["policy"])
-        if self._loop is not None and state["step"] is not None:
-            self._loop.step = state["step"]
+        self._causes.load_state_dict(state["causes"])
+        if not keep_policy:
+            self._decided = state["decided"]
+            if self._policy is not None and state["policy"] is not None:
+                self._policy.load_state_dict(state["policy"])
+        if self._loop is not None and state["loop"] is not None:
+            self._loop.load_state_dict(state["loop"])
+            self.resumed(self._loop.step)
+
+    def resumed(self, step: int) -> None:
+        """Say that the run was taken up again after ``step`` steps: a seam explains what comes soon after it."""
+        self._causes.resumed(step)
+        if self._policy is not None:
+            self._policy.resumed(step)
 
 
 def build(
-    config: GuardConfig, can_rollback: Callable[[int], bool] | None = None, observer: Observer | None = None
+    config: GuardConfig,
+    checkpoint: Callable[[int], int | None] | None = None,
+    observer: Observer | None = None,
+    *,
+    can: frozenset[str] = ABILITIES,
+    examine: Examine | None = None,
 ) -> Guard:
     """Return the guard that ``config`` describes.
 
     Args:
         config: settings; ``enabled = False`` gives a guard that always answers ``Proceed``.
-        can_rollback: says whether there is a verified checkpoint with a step of at most its argument; without
-            it the host is asked when the time comes.
+        checkpoint: the newest step of a verified checkpoint that is at most its argument, or ``None``; without it
+            the host is asked when the time comes.
         observer: told about every decision.
+        can: what the host can be asked for.
+        examine: takes more readings when something critical was seen.
     """
     if not config.enabled:
         return Guard((), None, observer)
-    detectors: tuple[Detector, ...] = (
-        NonFinite(),
-        FastSpike(
-            window=config.window,
-            scale_window=config.scale_window,
-            sigma=config.sigma,
-            floor=config.floor,
-            min_values=config.min_values,
-            relearn_after=config.relearn_after,
-        ),
-        GradSpike(
-            window=config.window,
-            scale_window=config.scale_window,
-            sigma=config.grad_sigma,
-            factor=config.grad_factor,
-            min_values=config.min_values,
-            relearn_after=config.relearn_after,
-        ),
-    )
-    return Guard(detectors, Policy(config.policy, can_rollback), observer)
-
-
-class _Loop:
-    """What the drop-in guard knows of the loop it sits in."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer, host: Host | None) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.host = host
-        self.step = 0
-        self._norm: Tensor | None = None
-
-    def read(self, loss: Tensor | float) -> Signals:
-        """Return the signals of the next step."""
-        import torch
-
-        self.step += 1
-        measure = getattr(self.optimizer, "measure", None)
-        self._norm = norm = gradient_norm(self.model.parameters()) if measure is None else measure()
-        assert norm is not None
-        on_device = loss if isinstance(loss, torch.Tensor) else torch.tensor(float(loss), device=norm.device)
-        loss_value, norm_value = agree(on_device, norm)
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        return Signals(step=self.step, loss=loss_value, grad_norm=norm_value, lr=lr, tokens=0)
-
-    def clip(self, max_norm: float) -> None:
-        """Scale the gradients down to a global norm of at most ``max_norm``, in place."""
-        import torch
-
-        assert self._norm is not None
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, self._norm)
-
-    def carry_out(self, decision: Decision) -> None:
-        """Let the host do it, and count on from the step it went back to."""
-        assert self.host is not None
-        restored = carry_out(decision, self.host)
-        if restored is not None:
-            self.step = restored
+    policy = Policy(config.policy, checkpoint, can, observing=config.mode != "act")
+    return Guard(standard(config.alarms_per_10k), policy, observer, examine=examine, mode=config.mode)

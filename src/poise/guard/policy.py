@@ -1,60 +1,120 @@
 """From alarms to a decision: patience, cool-down, budget and escalation.
 
-Only critical alarms move the policy; everything else rides along in a ``Proceed``.
+What is seen, in the order in which it is looked at, and what is done:
 
-    bad step                       Skip: the update is not taken, the run goes on with the next batch
-    ``skip_patience`` bad in a row Rollback to a checkpoint before the trouble began; its data is dropped
-    bad again in the cool-down     Rollback one checkpoint further, never to the same one again
-    bad once more, or no budget    Halt, saying what was seen, what was tried and what to mend
+    loss or gradient not finite       Skip; after ``skip_patience`` in a row Rollback, one further, then Halt
+    a rate ten times its course       Skip; if it stays LowerLr, taken back when the jump is over
+    batch that was just trained on    Skip
+    weights changed, not by a step    Rollback to before it
+    attention logits run away         QkClip of that layer; if they come straight back, Rollback with half the rate
+    second moment does not fit        ResetMoments of that layer
+    loss spike, batch to blame        Skip where its gradient is odd as well
+    loss spike, gradient odd          Clip: the step is taken at its usual length
+    loss spike, anything else         Watch: most recover by themselves within some 40 to 80 steps
+    the rate jumped, and then this    Rollback (else LowerLr) with the rate it had before
+    still up after ``watch_steps``    Rollback, ResetMoments, LowerLr: each once, the likeliest for the cause first
+    odd for one step, then gone       nothing
 
-The cool-down lasts until ``cool_down`` steps after the step at which the rollback was decided, so it covers
-all of the way that is trained again. Where there is no checkpoint to go back to, a non-finite reading halts
-and a spike is let through, loudly: spikes usually mend themselves, NaN never does. An isolated bad step costs
-one batch and nothing else.
+Waiting is preferred as long as the loss is on its way down and would be back sooner than a rollback would make
+up for. Every action is judged after ``check_steps``; one that did not help is not done again for this trouble.
+After a rollback the same trouble within ``cool_down`` steps goes to the checkpoint before, with half the rate.
+A host that cannot do a thing is not asked for it. What is left when nothing is left: not finite halts, and a
+spike is let through, loudly.
 
-Sources: PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1) goes back about 100 steps and leaves out
-200 to 500 batches; here the batches left out are those shown since the checkpoint.
+Sources: waiting, rollback distance and time scales: PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1),
+BLOOM and GLM-130B chronicles; QK-Clip: Kimi K2 (arXiv 2507.20534); moment reset: SPAM (arXiv 2501.06842).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from poise.core.errors import UserError
-from poise.core.types import Alarm, Decision, Halt, Proceed, Rollback, Skip
+from poise.core.types import (
+    Alarm,
+    Clip,
+    Decision,
+    Halt,
+    LowerLr,
+    Proceed,
+    QkClip,
+    RaisePrecision,
+    ResetMoments,
+    Rollback,
+    Signals,
+    Skip,
+    Verdict,
+    Watch,
+)
+from poise.guard.episode import Episode
+from poise.guard.ledger import MAX_TRIES, Ledger, PolicyConfig, count
+from poise.guard.rate import Rate
 
-MAX_TRIES = 2
-"""Rollbacks for one trouble: the first, and one checkpoint further."""
+ABILITIES = frozenset({"rollback", "lower_lr", "reset_moments", "qk_clip", "raise_precision"})
+"""What a host may be asked for."""
+
+LOSS_KINDS = frozenset({"fast_spike", "slow_divergence", "chaotic"})
+ODD_GRADIENT = frozenset({"grad_spike", "grad_runup"})
+HALF = 0.5
+CHAOS_FACTOR = 0.1
+"""Share of the learning rate to go on with where the loss was chaotic: the rate was far off, not a little."""
+
+BLIND_SKIPS = 2
+"""Odd steps in a row that are skipped when nobody can tell an odd batch from odd weights."""
+
+HOPELESS_AFTER = 10
+"""Steps that even a loss which looks hopeless is watched first: one odd batch is no divergence."""
+
+FOLLOWS = 100
+"""Steps after a jump of the learning rate in which a trouble of the loss is its work."""
+
+ORDER: dict[str, tuple[str, ...]] = {
+    "unknown": ("rollback", "reset_moments", "lower_lr"),
+    "data": ("rollback",),
+    "hardware": ("rollback",),
+    "software": ("rollback",),
+    "precision": ("rollback", "lower_lr"),
+    "schedule": ("rollback", "lower_lr"),
+    "optimizer": ("reset_moments", "rollback", "lower_lr"),
+    "architecture": ("rollback", "lower_lr"),
+}
+"""What is tried for damage that stays, by cause, the likeliest to help first."""
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
-    """How patient the policy is.
+class _Now:
+    """A step as the policy sees it."""
 
-    Attributes:
-        skip_patience: bad steps in a row that are skipped before a rollback.
-        cool_down: steps after a trouble in which a new one counts as the same.
-        max_rollbacks: rollbacks within ``budget_steps`` steps before the run is halted; 0 means never to go
-            back, as if there were no checkpoint.
-        max_skips: skipped steps within ``budget_steps`` steps before skipping is given up.
-        budget_steps: the span of both budgets, counted in steps really done.
-    """
+    signals: Signals
+    alarms: tuple[Alarm, ...]
+    verdict: Verdict | None
 
-    skip_patience: int = 5
-    cool_down: int = 100
-    max_rollbacks: int = 3
-    max_skips: int = 50
-    budget_steps: int = 1000
+    @property
+    def step(self) -> int:
+        return self.signals.step
 
-    def __post_init__(self) -> None:
-        for name in ("skip_patience", "cool_down", "max_rollbacks"):
-            if getattr(self, name) < 0:
-                raise UserError(f"guard.{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("max_skips", "budget_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"guard.{name} is {getattr(self, name)}; it must be at least 1")
+    @property
+    def cause(self) -> str:
+        return "unknown" if self.verdict is None else self.verdict.cause
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether an experiment has told an odd batch from odd weights."""
+        return self.verdict is not None and self.verdict.weights != "unknown"
+
+    @property
+    def odd_gradient(self) -> Alarm | None:
+        return next((a for a in self.alarms if a.kind in ODD_GRADIENT), None)
+
+    @property
+    def messages(self) -> str:
+        return "; ".join(alarm.message for alarm in self.alarms)
+
+    def find(self, *kinds: str) -> Alarm | None:
+        """The first critical alarm of one of ``kinds``."""
+        return next((a for a in self.alarms if a.severity == "critical" and a.kind in kinds), None)
 
 
 class Policy:
@@ -62,147 +122,312 @@ class Policy:
 
     Args:
         config: patience, cool-down and budgets.
-        can_rollback: says whether there is a verified checkpoint with a step of at most its argument. Without
-            it the host is asked: a host that could not go back is known by the next step's number.
+        checkpoint: newest step of a verified checkpoint that is at most its argument, or ``None``. Without it the
+            host is asked when the time comes: a host that could not go back is known by the next step's number.
+        can: what the host can do, out of ``ABILITIES``.
+        observing: nothing is carried out, so one advice for a trouble is enough.
     """
 
-    def __init__(self, config: PolicyConfig, can_rollback: Callable[[int], bool] | None = None) -> None:
+    def __init__(
+        self,
+        config: PolicyConfig,
+        checkpoint: Callable[[int], int | None] | None = None,
+        can: frozenset[str] = ABILITIES,
+        *,
+        observing: bool = False,
+    ) -> None:
         self.config = config
-        self._can_rollback = can_rollback
-        self._done = 0  # steps decided in all; goes on counting where step numbers go back
-        self._streak = 0  # bad steps in a row
-        self._onset: int | None = None  # the step at which the streak began
-        self._letting_through = False  # a spike without a checkpoint: no more skipping in this streak
-        self._skips: list[int] = []  # when (in steps done) something was skipped
-        self._rollbacks: list[int] = []  # when a rollback was decided
-        self._asked: int | None = None  # ``at_most`` of a rollback whose outcome is not known yet
-        self._refused = False  # the host could not go back
-        self._tried: list[int] = []  # checkpoints that this trouble went back to
-        self._cool_until = 0  # last step of the cool-down
+        self.can = can
+        self._checkpoint = checkpoint
+        self._observing = observing
+        self._ledger = Ledger()
+        self._rate = Rate()
+        self._episode: Episode | None = None
 
-    def decide(self, step: int, alarms: Sequence[Alarm]) -> Decision:
-        """Return what to do about ``step``, given the alarms it raised. Call it once for every step."""
-        self._done += 1
-        self._learn_outcome(step)
-        if self._tried and step > self._cool_until:
-            self._tried = []
-        critical = [alarm for alarm in alarms if alarm.severity == "critical"]
-        if not critical:
-            return self._calm(tuple(alarms))
-        self._streak += 1
-        if self._onset is None:
-            self._onset = step
-        fatal = any(alarm.kind == "nonfinite" for alarm in critical)
-        return self._react(step, critical[0], fatal, tuple(alarms))
+    def resumed(self, step: int) -> None:
+        """The run was taken up again after ``step`` steps: a new rate right then is what somebody wanted."""
+        self._rate.seam = step
+
+    def decide(self, signals: Signals, alarms: Sequence[Alarm], verdict: Verdict | None = None) -> Decision:
+        """Return what to do about a step, given the alarms it raised. Call it once for every step."""
+        now = _Now(signals, tuple(alarms), verdict)
+        self._ledger.done += 1
+        if self._ledger.learn_outcome(now.step):
+            self._episode = None
+        back = self._rate.see(now.step, signals.lr, now.alarms)
+        if back is not None:
+            why = "the learning rate fell: its jump is over, so the cut that answered it is taken back"
+            return LowerLr(factor=back, reason=why, alarms=now.alarms)
+        news = [self._end_cool_down(now.step), self._end_streak(now)]
+        for answer in (
+            self._nonfinite,
+            self._wild_rate,
+            self._repeated,
+            self._damaged,
+            self._runaway,
+            self._stale,
+            self._loss,
+        ):
+            decision = answer(now)
+            if decision is not None:
+                return decision
+        return Proceed(reason="; ".join(r for r in [*news, now.messages] if r), alarms=now.alarms)
+
+    # -- one line of the table each --------------------------------------------------------------------
+
+    def _nonfinite(self, now: _Now) -> Decision | None:
+        alarm, ledger, config = now.find("nonfinite"), self._ledger, self.config
+        if alarm is None:
+            return None
+        scale = now.signals.extra.get("loss_scale", 1.0)
+        if scale > 1.0 and math.isfinite(now.signals.loss):
+            return Skip(reason=f"{alarm.message} under loss scale {scale:g}: the scaler lowers it", alarms=now.alarms)
+        ledger.streak += 1
+        if ledger.onset is None:
+            ledger.onset = now.step
+        if ledger.streak <= config.skip_patience:
+            if ledger.skips_left(config) <= 0:
+                often = f"{config.max_skips} steps were skipped within {config.budget_steps}"
+                return self._halt(now, alarm.message, ledger.onset, often)
+            row = f"({ledger.streak} in a row, patience {config.skip_patience})"
+            return self._skip(now, f"{alarm.message}; skipped {row}")
+        place = "" if now.verdict is None else now.verdict.place
+        # bf16 has the range of fp32; only fp16, which comes with a loss scale, overflows in one place
+        overflow = place and math.isfinite(now.signals.loss) and "loss_scale" in now.signals.extra
+        if (
+            overflow
+            and "raise_precision" in self.can
+            and ledger.last_mend(alarm, now.step, config.budget_steps, place) is None
+        ):
+            ledger.note_mend(alarm, now.step, place)
+            why = f"{alarm.message}; only the gradient of {place} leaves its range, so it is computed in fp32"
+            return RaisePrecision(places=(place,), reason=why, alarms=now.alarms)
+        return self._go_back(now, ledger.onset, alarm.message, fatal=True)
+
+    def _wild_rate(self, now: _Now) -> Decision | None:
+        lr, rate = now.signals.lr, self._rate
+        if not rate.wild(now.step, lr):
+            return None
+        began, before, after = int(rate.jump[0]), rate.jump[1], rate.jump[2]
+        why = f"the learning rate went from {before:.3g} to {after:.3g} at step {began}"
+        if now.step - began < self.config.skip_patience and self._ledger.skips_left(self.config) > 0:
+            return self._skip(now, f"{why}: no step is taken with it")
+        if "lower_lr" not in self.can:
+            return Watch(reason=f"{why}, and nobody can lower it here", alarms=now.alarms)
+        return LowerLr(factor=rate.cut_back(lr), reason=f"{why} and stays; cut back", alarms=now.alarms)
+
+    def _repeated(self, now: _Now) -> Decision | None:
+        alarm = now.find("repeated_data")
+        if alarm is None:
+            return None
+        if self._ledger.skips_left(self.config) <= 0:
+            return Watch(reason=f"{alarm.message}; no skip is left in the budget", alarms=now.alarms)
+        return self._skip(now, f"{alarm.message}; not trained on again")
+
+    def _damaged(self, now: _Now) -> Decision | None:
+        alarm, ledger = now.find("weight_jump"), self._ledger
+        if alarm is None or ledger.last_mend(alarm, now.step, self.config.cool_down) is not None:
+            return None
+        if now.cause == "schedule":
+            return None  # a wrong rate moves weights far: that is for the loss's answer
+        ledger.note_mend(alarm, now.step)
+        onset = max(now.step - self.config.measured_every, 1)
+        if self._episode is not None:
+            onset = min(onset, self._episode.onset)
+        return self._go_back(now, onset, alarm.message, fatal=False)
+
+    def _runaway(self, now: _Now) -> Decision | None:
+        alarm, ledger, config = now.find("logit_growth"), self._ledger, self.config
+        if alarm is None:
+            return None
+        before = ledger.last_mend(alarm, now.step, config.cool_down)
+        useless = before is not None and alarm.value >= before[1]
+        if not useless and "qk_clip" in self.can:
+            ledger.note_mend(alarm, now.step)
+            healthy = 2.0 * alarm.expected if math.isfinite(alarm.expected) else config.qk_threshold
+            threshold = min(max(healthy, 10.0), config.qk_threshold)
+            places = tuple(dict.fromkeys(a.place for a in now.alarms if a.kind == "logit_growth" and a.place))
+            return QkClip(places=places, threshold=threshold, reason=alarm.message, alarms=now.alarms)
+        if ledger.last_mend(alarm, now.step, config.cool_down, "again ") is not None:
+            return None
+        ledger.note_mend(alarm, now.step, "again ")
+        if useless:
+            onset = max(now.step - 2 * config.measured_every, 1)
+            why = f"{alarm.message}; a QK-clip did not help"
+            return self._go_back(now, onset, why, fatal=False, lr_factor=HALF)
+        why = "nobody can clip its weights here; use QK-norm or a lower learning rate"
+        return Watch(reason=f"{alarm.message}; {why}", alarms=now.alarms)
+
+    def _stale(self, now: _Now) -> Decision | None:
+        alarm, ledger = now.find("stale_moment"), self._ledger
+        if alarm is None or "reset_moments" not in self.can:
+            return None
+        if ledger.last_mend(alarm, now.step, self.config.cool_down) is not None:
+            return None
+        ledger.note_mend(alarm, now.step)
+        places = (alarm.place,) if alarm.place else ()
+        return ResetMoments(places=places, reason=alarm.message, alarms=now.alarms)
+
+    # -- the loss --------------------------------------------------------------------------------------
+
+    def _loss(self, now: _Now) -> Decision | None:
+        alarm = now.find(*LOSS_KINDS)
+        if self._episode is not None and now.step < self._episode.onset:
+            self._episode = None  # somebody else went back
+        if self._episode is None:
+            if alarm is None:
+                return None
+            level = alarm.expected if math.isfinite(alarm.expected) and alarm.expected > 0 else now.signals.loss
+            self._episode = Episode(onset=now.step, level=level)
+        episode = self._episode
+        episode.see(now.step, now.signals.loss, flagged=alarm is not None)
+        if episode.over(self.config.lasting):
+            self._episode = None
+            done = f"after {episode.acted[-1].replace('_', ' ')}" if episode.acted else "nothing had to be done"
+            after = f"{now.step - episode.onset} steps after step {episode.onset}"
+            return Proceed(reason=f"the loss is back {after}; {done}", alarms=now.alarms)
+        due = self._action_due(now, episode)
+        if due:
+            return self._act(now, episode, due)
+        return None if alarm is None else self._bear(now, episode, alarm)
+
+    def _bear(self, now: _Now, episode: Episode, alarm: Alarm) -> Decision:
+        """Answer one flagged step while waiting: keep an odd gradient out or small, otherwise just watch."""
+        odd = now.odd_gradient
+        if odd is not None and self._ledger.skips_left(self.config) > 0:
+            if now.verdict is not None and now.verdict.weights == "sound":
+                return self._skip(now, f"{alarm.message}; the weights are sound, so the batch is left out")
+            if not now.told_apart and episode.flagged <= BLIND_SKIPS:
+                return self._skip(now, f"{alarm.message} and {odd.message}; skipped in case the batch is to blame")
+        if odd is not None and math.isfinite(odd.expected) and odd.expected > 0:
+            reason = f"{alarm.message}; step taken with its gradient clipped to the usual {odd.expected:.3g}"
+            return Clip(max_norm=odd.expected, reason=reason, alarms=now.alarms)
+        return Watch(reason=f"{alarm.message}; watched since step {episode.onset}", alarms=now.alarms)
+
+    def _action_due(self, now: _Now, episode: Episode) -> str:
+        """Say why waiting is over; empty while it is not."""
+        config, waited = self.config, now.step - episode.onset
+        if episode.check_at is not None:
+            good = episode.excess <= config.lasting or episode.falling()
+            if now.step < episode.check_at or good:
+                return ""
+            return f"{episode.acted[-1].replace('_', ' ')} did not help" if episode.acted else "the loss is still up"
+        hopeless, sound = now.find("slow_divergence", "chaotic"), now.verdict and now.verdict.weights == "sound"
+        if hopeless is not None and not sound and waited >= HOPELESS_AFTER:
+            return hopeless.message
+        before = self._rate.before_jump(now.step, now.signals.lr, FOLLOWS)
+        if now.cause == "schedule" and before is not None:
+            return f"{now.messages}; the learning rate had been {before:.3g} and is {now.signals.lr:.3g}"
+        if episode.excess <= config.lasting:
+            return ""
+        damage = f"{episode.excess:+.1%} against its level {episode.level:.4g} after {waited} steps"
+        if waited >= config.watch_steps:
+            return "" if self._worth_waiting(now, episode) else f"the loss is still {damage}"
+        climbing = not episode.falling() and episode.excess > 0.2 and len(episode.losses) >= 16
+        if waited >= 0.4 * config.watch_steps and climbing:
+            return f"the loss is {damage} and not on its way back"
+        return ""
+
+    def _worth_waiting(self, now: _Now, episode: Episode) -> bool:
+        """Whether the loss will be back before a rollback would have made up its own cost."""
+        checkpoint = self._target(episode.onset)
+        cost = self.config.watch_steps if checkpoint is None else now.step - checkpoint
+        waited = now.step - episode.onset
+        return waited < 3 * self.config.watch_steps and episode.steps_to_level() < cost
+
+    def _act(self, now: _Now, episode: Episode, why: str) -> Decision:
+        """Do the first thing that fits the cause, that the host can do, and that has not failed before."""
+        episode.check_at = now.step + self.config.check_steps
+        if self._observing and episode.acted:
+            return Watch(reason=f"{why}; advised: {episode.acted[-1].replace('_', ' ')}", alarms=now.alarms)
+        factor = self._lr_factor(now)
+        for name in ORDER[now.cause]:
+            if name in episode.acted or name not in self.can:
+                continue
+            if name == "rollback" and self._target(episode.onset) is None:
+                continue
+            episode.acted.append(name)
+            if name == "rollback":
+                return self._go_back(now, episode.onset, why, fatal=False, lr_factor=factor)
+            if name == "reset_moments":
+                return ResetMoments(rewarm=self.config.check_steps, reason=why, alarms=now.alarms)
+            return LowerLr(factor=factor if factor < 1 else HALF, reason=why, alarms=now.alarms)
+        episode.check_at = now.step + self.config.watch_steps  # say it again after a while
+        if self._ledger.tried and episode.excess > 0.5:
+            return self._halt(now, why, episode.onset, "it came back each time")
+        return Watch(reason=f"{why}; nothing is left to try, so it is let through", alarms=now.alarms)
+
+    def _lr_factor(self, now: _Now) -> float:
+        """Share of the rate to go on with: what it was before a jump, half where going back did not help before."""
+        before = self._rate.before_jump(now.step, now.signals.lr, FOLLOWS)
+        if before is not None:
+            return before / now.signals.lr
+        if now.find("chaotic") is not None:
+            return CHAOS_FACTOR
+        return HALF if self._ledger.tried else 1.0
+
+    # -- going back, and giving up ---------------------------------------------------------------------
+
+    def _target(self, onset: int) -> int | None:
+        return self._ledger.target(onset, self.config, self._checkpoint) if "rollback" in self.can else None
+
+    def _go_back(self, now: _Now, onset: int, why: str, *, fatal: bool, lr_factor: float = 1.0) -> Decision:
+        ledger = self._ledger
+        if self._target(onset) is None:
+            if not fatal:
+                return Watch(reason=f"{why}; there is no checkpoint to go back to", alarms=now.alarms)
+            left = "no rollback is left in the budget" if ledger.no_rollback_left(self.config) else ""
+            left = "it came back each time" if len(ledger.tried) >= MAX_TRIES else left
+            return self._halt(now, why, onset, left or "there is no checkpoint before it")
+        at_most = ledger.at_most(onset)
+        if ledger.tried:
+            lr_factor = min(lr_factor, HALF)
+        ledger.note_rollback(now.step, at_most, self.config)
+        rate = "" if lr_factor == 1 else f" and {lr_factor:.3g} of the learning rate"
+        reason = f"{why}; going back to a checkpoint at or before step {at_most}, with new data{rate}"
+        return Rollback(at_most=at_most, lr_factor=lr_factor, reason=reason, alarms=now.alarms)
+
+    def _skip(self, now: _Now, reason: str) -> Skip:
+        self._ledger.skips.append(self._ledger.done)
+        return Skip(reason=reason, alarms=now.alarms)
+
+    def _end_cool_down(self, step: int) -> str:
+        ledger = self._ledger
+        if not ledger.tried or step <= ledger.cool_until or self._episode is not None:
+            return ""
+        gone, ledger.tried = ledger.tried[-1], []
+        return f"the rollback to step {gone} helped: {self.config.cool_down} steps without the trouble"
+
+    def _end_streak(self, now: _Now) -> str:
+        ledger = self._ledger
+        if now.find("nonfinite") is not None:
+            return ""
+        ended = f"over after {count(ledger.streak, 'non-finite step')}" if ledger.streak else ""
+        ledger.streak, ledger.onset = 0, None
+        if self._episode is None:
+            ledger.refused = False
+        return ended
+
+    def _halt(self, now: _Now, what: str, onset: int, why: str) -> Halt:
+        fatal = now.find("nonfinite") is not None
+        reason = (
+            f"halted at step {now.step}: {what}, bad since step {onset}. "
+            f"Tried: {self._ledger.history()}; {why}. Mend: {_mend(fatal, bool(self._ledger.tried))}."
+        )
+        return Halt(reason=reason, alarms=now.alarms)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the policy remembers, JSON-able and exact."""
-        return {
-            "done": self._done,
-            "streak": self._streak,
-            "onset": self._onset,
-            "letting_through": self._letting_through,
-            "skips": list(self._skips),
-            "rollbacks": list(self._rollbacks),
-            "asked": self._asked,
-            "refused": self._refused,
-            "tried": list(self._tried),
-            "cool_until": self._cool_until,
-        }
+        episode = None if self._episode is None else self._episode.state()
+        return {"ledger": self._ledger.state(), "rate": self._rate.state(), "episode": episode}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
-        self._done = state["done"]
-        self._streak = state["streak"]
-        self._onset = state["onset"]
-        self._letting_through = state["letting_through"]
-        self._skips = list(state["skips"])
-        self._rollbacks = list(state["rollbacks"])
-        self._asked = state["asked"]
-        self._refused = state["refused"]
-        self._tried = list(state["tried"])
-        self._cool_until = state["cool_until"]
-
-    def _learn_outcome(self, step: int) -> None:
-        """See by the number of this step what became of the rollback that was decided last."""
-        if self._asked is None:
-            return
-        if step - 1 <= self._asked:
-            self._tried.append(step - 1)
-            self._end_streak()
-        else:
-            self._refused = True
-            self._rollbacks.pop()
-        self._asked = None
-
-    def _end_streak(self) -> None:
-        self._streak, self._onset, self._letting_through, self._refused = 0, None, False, False
-
-    def _calm(self, alarms: tuple[Alarm, ...]) -> Decision:
-        reason = "; ".join(alarm.message for alarm in alarms)
-        if self._streak:
-            over = f"over after {_count(self._streak, 'bad step')} since step {self._onset}"
-            reason = f"{over}; {reason}" if reason else over
-        self._end_streak()
-        return Proceed(reason=reason, alarms=alarms)
-
-    def _react(self, step: int, alarm: Alarm, fatal: bool, alarms: tuple[Alarm, ...]) -> Decision:
-        if self._letting_through and not fatal:
-            return Proceed(reason=f"let through: {alarm.message}", alarms=alarms)
-        if self._streak <= self.config.skip_patience:
-            return self._skip(step, alarm, fatal, alarms)
-        if len(self._tried) >= MAX_TRIES:
-            return self._halt(step, alarm, fatal, alarms, "it came back each time")
-        if 0 < self.config.max_rollbacks <= len(self._recent(self._rollbacks)):
-            return self._halt(step, alarm, fatal, alarms, "no rollback is left in the budget")
-        assert self._onset is not None
-        at_most = min([self._onset - 1, *(tried - 1 for tried in self._tried)])
-        if not self._can_go_back(at_most):
-            if fatal or self._tried:
-                return self._halt(step, alarm, fatal, alarms, f"there is no checkpoint at or before step {at_most}")
-            self._letting_through = True
-            reason = f"no checkpoint to go back to, so from here on it is let through: {alarm.message}"
-            return Proceed(reason=reason, alarms=alarms)
-        self._rollbacks.append(self._done)
-        self._asked = at_most
-        self._cool_until = max(self._cool_until, step + self.config.cool_down)
-        reason = (
-            f"{_count(self._streak, 'bad step')} in a row since step {self._onset} ({alarm.message}); "
-            f"going back to a checkpoint at or before step {at_most}, with new data"
-        )
-        return Rollback(at_most=at_most, reason=reason, alarms=alarms)
-
-    def _can_go_back(self, at_most: int) -> bool:
-        if at_most < 0 or self._refused or self.config.max_rollbacks == 0:
-            return False
-        return self._can_rollback is None or self._can_rollback(at_most)
-
-    def _skip(self, step: int, alarm: Alarm, fatal: bool, alarms: tuple[Alarm, ...]) -> Decision:
-        if len(self._recent(self._skips)) >= self.config.max_skips:
-            often = f"{self.config.max_skips} steps were skipped within {self.config.budget_steps}"
-            if fatal:
-                return self._halt(step, alarm, fatal, alarms, often)
-            return Proceed(reason=f"{often}, so it is let through: {alarm.message}", alarms=alarms)
-        self._skips.append(self._done)
-        reason = f"{alarm.message}; skipped ({self._streak} in a row, patience {self.config.skip_patience})"
-        return Skip(reason=reason, alarms=alarms)
-
-    def _recent(self, when: list[int]) -> list[int]:
-        """Drop what is older than the budget's span, and return the rest."""
-        when[:] = [done for done in when if done > self._done - self.config.budget_steps]
-        return when
-
-    def _halt(self, step: int, alarm: Alarm, fatal: bool, alarms: tuple[Alarm, ...], why: str) -> Halt:
-        tried = [f"skipped {_count(len(self._skips), 'step')}"] if self._skips else []
-        if self._tried:
-            tried.append(f"went back to step {' and then '.join(map(str, self._tried))}")
-        elif self._rollbacks:
-            tried.append(f"went back {_count(len(self._rollbacks), 'time')}")
-        reason = (
-            f"halted at step {step}: {alarm.message}, bad since step {self._onset}. "
-            f"Tried: {', '.join(tried) or 'nothing'}; {why}. Mend: {_mend(fatal, bool(self._tried))}."
-        )
-        return Halt(reason=reason, alarms=alarms)
+        self._ledger = Ledger.of(state["ledger"])
+        seam = self._rate.seam
+        self._rate = Rate.of(state["rate"])
+        self._rate.seam = seam
+        self._episode = None if state["episode"] is None else Episode.of(state["episode"])
 
 
 def _mend(fatal: bool, came_back: bool) -> str:
@@ -212,7 +437,3 @@ def _mend(fatal: bool, came_back: bool) -> str:
     if came_back:
         return f"{lower}; if it stays, look for a fault in the data, the precision (fp16?) or the device"
     return f"look at the data and the precision (fp16?) of these steps; if they are sound, {lower}"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"

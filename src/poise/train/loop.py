@@ -15,6 +15,9 @@ from poise.train.evaluate import validation_loss
 from poise.train.state import Run
 from poise.train.step import train_step
 
+PATIENCE = 4
+"""Intervals of saving after which a checkpoint is written in the middle of a trouble as well."""
+
 EndReason = Literal["finished", "stopped", "halted"]
 
 
@@ -65,7 +68,7 @@ def train(run: Run, stop: StopRequest | None = None) -> Outcome:
     with (stop or StopRequest()).listening() as asked:
         if run.position.step == 0:
             save(run, must=True)  # so that the guard can go back even from the first steps
-        save_due = False
+        save_due, saved_at = False, run.position.step
         while run.position.step < config.steps:
             signals, decision = train_step(run)
             run.store.note_progress(signals.step)
@@ -79,11 +82,12 @@ def train(run: Run, stop: StopRequest | None = None) -> Outcome:
             stopping = run.stop_agreed(asked.signal is not None)
             # After a rollback at once, so that a crash does not show the dropped data again.
             save_due |= decision.action == "rollback" or (bool(config.save_every) and step % config.save_every == 0)
-            if last or stopping or (save_due and decision.action in ("proceed", "rollback")):
-                # Not in the middle of trouble: a checkpoint is what a rollback trusts.
+            # Not in the middle of trouble: a checkpoint is what a rollback trusts. But not for ever.
+            overdue = step - saved_at >= PATIENCE * config.save_every
+            if last or stopping or (save_due and (overdue or decision.action in ("proceed", "rollback"))):
                 if (unsaved := save(run, must=last or stopping)) and (last or stopping):
                     return end(run, "halted", unsaved)
-                save_due = False
+                save_due, saved_at = False, step
             if stopping and not last:
                 return end(run, "stopped", f"{asked.signal or 'another rank'} asked for it")
     return end(run, "finished")

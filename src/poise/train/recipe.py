@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from poise.core import config
 from poise.core.errors import UserError, nearest
-from poise.guard.guard import GuardConfig
+from poise.guard.config import GuardConfig
 from poise.model.methods import apply_methods
 from poise.model.spec import Part, Spec
 from poise.optim.build import OptimConfig

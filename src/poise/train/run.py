@@ -33,6 +33,7 @@ from poise.train.budget import UTILISATION
 from poise.train.host import TrainHost
 from poise.train.observers import Observer
 from poise.train.recipe import Recipe
+from poise.train.senses import Senses
 from poise.train.state import Run
 
 log = logging.getLogger("poise")
@@ -244,7 +245,7 @@ def _assemble(
         recipe=recipe,
         model=model,
         optimizer=optimizer,
-        guard=build_guard(recipe.guard, can_rollback=lambda at_most: store.latest(at_most) is not None),
+        guard=build_guard(recipe.guard),
         loader=Loader(tokens, config.seq_len, recipe.seed),
         validation=validation,
         world=world,
@@ -262,6 +263,8 @@ def _assemble(
         observers=list(observers) if world.rank == 0 else [],
     )
     run.host = TrainHost(run)
+    run.senses = Senses(run, recipe.guard.every if recipe.guard.enabled else 0)
+    run.guard = build_guard(recipe.guard, store.latest, examine=run.senses.examine)
     return run
 
 

@@ -18,6 +18,7 @@ def train_step(run: Run) -> tuple[Signals, Decision]:
     signals = run.read_signals()  # reduced over ranks; the step's one host sync
     decision = run.guard.decide(signals)
     run.record(signals, decision)  # before acting: what was decided survives a crash while acting
+    run.senses.settle(signals, decision)
     match decision:
         case Proceed():
             run.optimizer.step()
@@ -26,6 +27,8 @@ def train_step(run: Run) -> tuple[Signals, Decision]:
         case Skip():
             pass  # not called: weights and moments stay as they are; the step and its data are used up
         case other:
+            run.investigate_first(signals, other)
             carry_out(other, run.host)
+            run.senses.changed(other)
     run.optimizer.zero_grad(set_to_none=True)
     return signals, decision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from poise.core.types import Alarm, Signals
@@ -33,4 +34,13 @@ class Detector(Protocol):
 
     def load_state_dict(self, state: State) -> None:
         """Take over what ``state_dict`` returned."""
+        ...
+
+
+@runtime_checkable
+class Expectant(Protocol):
+    """A detector that has to be told when somebody sets weights or moments on purpose."""
+
+    def expect_change(self, places: Sequence[str] = ()) -> None:
+        """Take the next reading of ``places`` (of all where empty) as it is."""
         ...

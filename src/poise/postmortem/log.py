@@ -1,0 +1,301 @@
+"""Anybody's training log as series of numbers: ``read_log(path).series["loss"]`` is (steps, values).
+
+The format is recognised by content (``readers``). What the columns mean, which rows were done again after a rewind, and
+where steps repeat is decided here, once for all formats:
+
+    * a column is called ``loss``, ``grad_norm``, ``lr``, ``tokens`` or ``val_loss`` where ``readers/names.py`` knows
+      its name, and keeps its own name otherwise;
+    * NaN and infinity are values; a value that is absent leaves a gap in its own series only;
+    * where the steps of the loss go back, the later branch counts, and a note marks the seam.
+
+Memory: 12 bytes a value while reading, whatever the length of the file, and 16 in the result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poise.core.errors import UserError, nearest
+from poise.postmortem.readers import READERS
+from poise.postmortem.readers.names import GRAD_NORM, LOSS, LR, STEP, TOKENS, VAL_LOSS, choose, words
+from poise.postmortem.readers.source import Notes, Rewound, Row, Source
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Series = Mapping[str, tuple[Ints, Floats]]
+
+PROBE_ROWS = 200
+"""Rows looked at to find the column of the step."""
+
+MAX_COLUMNS = 20_000
+MAX_STEP = 2.0**53
+MAX_SEAMS = 5
+"""Rewinds that get a note of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A training log.
+
+    Attributes:
+        path: the file that was read.
+        name: its name without extension; a run folder's name.
+        format: of the reader, e.g. ``jsonl``.
+        series: name -> (steps, values): int64 rising strictly, and float64 of the same length.
+        notes: one-line remarks: what was guessed, left out, or done twice.
+    """
+
+    path: Path
+    name: str
+    format: str
+    series: Series
+    notes: tuple[str, ...]
+
+
+def read_log(path: str | Path, *, step_column: str | None = None, loss_column: str | None = None) -> Log:
+    """Read a log: CSV or TSV, JSON lines, a poise run folder or journal; each also as .gz, .bz2 or .xz.
+
+    Args:
+        path: the file, or the run folder.
+        step_column, loss_column: the log's own names, where they cannot be guessed.
+
+    Raises:
+        UserError: no such file, an empty one, one of no known format, or one without a loss.
+    """
+    file = _find(Path(path))
+    source = Source(file)
+    if not source.head:
+        raise UserError(f"'{file}' is empty; name a log with at least one step in it")
+    reader = _reader(source)
+    rows: Iterator[Row | Rewound] = reader.read(source)
+    columns = _Columns(source.notes, str(file))
+    columns.fill(rows, step_column)
+    series = columns.series(loss_column)
+    return Log(file, trace_name(file), reader.FORMAT, series, source.notes.texts())
+
+
+def trace_name(path: Path) -> str:
+    """Return what a log is called in tables: the file's name without extension, for a journal its folder's name.
+
+    >>> trace_name(Path("logs/run_lr1e-3.5.csv.gz")), trace_name(Path("runs/nano/journal.jsonl"))
+    ('run_lr1e-3.5', 'nano')
+    """
+    if path.name == "journal.jsonl" and path.resolve().parent.name:
+        return path.resolve().parent.name
+    name = re.sub(r"\.(gz|bz2|xz)$", "", path.name)
+    return re.sub(r"(?<=.)\.[A-Za-z][A-Za-z0-9]*$", "", name)
+
+
+def _find(path: Path) -> Path:
+    if path.is_dir():
+        if (path / "journal.jsonl").is_file():
+            return path / "journal.jsonl"
+        raise UserError(f"folder '{path}' has no journal.jsonl, so it is no run of poise; name a log file in it")
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
+        raise UserError(f"no log '{path}'" + (f", did you mean '{close[0]}'?" if close else ""))
+    if not path.is_file():
+        raise UserError(f"'{path}' is a pipe or a device, and a log is read twice; write it to a file first")
+    return path
+
+
+def _reader(source: Source) -> Any:
+    """Return the module that recognises the file."""
+    modules = [importlib.import_module(name) for name in READERS]
+    scores = [module.sniff(source) for module in modules]
+    if max(scores) <= 0.0:
+        known = "; ".join(module.LOOKS_FOR for module in modules)
+        raise UserError(
+            f"'{source.path}' is no log that can be read; looked for: {known}. "
+            "Write it as CSV with a header, or name its columns with --step-column and --loss-column"
+        )
+    return modules[scores.index(max(scores))]
+
+
+class _Columns:
+    """All numbers of a log by column, each with the row it came from."""
+
+    def __init__(self, notes: Notes, where: str) -> None:
+        self._notes = notes
+        self._where = where
+        self._steps = array("q")  # one a row
+        self._values: dict[str, tuple[array[int], array[float]]] = {}  # rows and values of each column
+        self._marks: list[tuple[float, int]] = []  # between which rows, and to which step, the log says it went back
+        self._step_column = ""
+
+    def fill(self, rows: Iterator[Row | Rewound], step_column: str | None) -> None:
+        """Take in all rows."""
+        first = list(islice(rows, PROBE_ROWS))
+        self._step_column = self._choose_step([row for row in first if not isinstance(row, Rewound)], step_column)
+        name = self._step_column
+        for row in chain(first, rows):
+            if isinstance(row, Rewound):
+                self._marks.append((len(self._steps) - 0.5, row.to))
+                continue
+            step = row.get(name) if name else len(self._steps) + 1.0
+            if step is None or not abs(step) < MAX_STEP or step != step // 1:
+                self._notes.add(f"row without a whole number as '{name}' left out")
+                continue
+            number = len(self._steps)
+            self._steps.append(int(step))
+            for column, value in row.items():
+                if column != name:
+                    self._column(column, number, value)
+
+    def series(self, loss_column: str | None) -> Series:
+        """Return what counts, by the names of ``Log.series``."""
+        names = self._name_columns(loss_column)
+        steps = np.frombuffer(self._steps, dtype=np.int64) if self._steps else np.empty(0, dtype=np.int64)
+        loss_rows = self._rows(next((raw for raw, name in names.items() if name == LOSS), ""))
+        stray = _stray(steps[loss_rows])
+        gone = set(loss_rows[stray].tolist())
+        if gone:
+            shown = ", ".join(str(step) for step in steps[loss_rows[stray]][:3])
+            self._notes.add(f"{len(gone)} stray rows left out, whose steps fit nowhere (first: {shown})")
+        rewinds = self._rewinds(steps, loss_rows[~stray])
+        out: dict[str, tuple[Ints, Floats]] = {}
+        for raw, name in names.items():
+            rows, values = self._rows(raw), np.array(self._values.pop(raw)[1], dtype=np.float64)
+            if gone:
+                keep = ~np.isin(rows, list(gone))
+                rows, values = rows[keep], values[keep]
+            kept_steps, kept, repeated = _counted(rows, steps[rows], values, rewinds)
+            if name == LOSS and repeated:
+                self._notes.add(f"{repeated} steps have more than one loss; the last of each counts")
+            if len(kept):
+                out[name] = kept_steps, kept
+        return out
+
+    def _column(self, column: str, row: int, value: float) -> None:
+        if column not in self._values:
+            if len(self._values) >= MAX_COLUMNS:
+                self._notes.add(f"columns beyond the first {MAX_COLUMNS} left out")
+                return
+            self._values[column] = array("I"), array("d")
+        rows, values = self._values[column]
+        rows.append(row)
+        values.append(value)
+
+    def _rows(self, raw: str) -> Ints:
+        rows = self._values[raw][0] if raw in self._values else array("I")
+        return np.array(rows, dtype=np.int64)
+
+    def _choose_step(self, rows: list[Row], wanted: str | None) -> str:
+        counts: dict[str, int] = {}
+        for row in rows:
+            for name in row:
+                counts[name] = counts.get(name, 0) + 1
+        if wanted is not None:
+            return self._wanted(wanted, counts, "--step-column")
+        chosen, others = choose(STEP, counts)
+        if chosen is None:
+            if rows:
+                self._notes.add("no column of steps: the rows are counted from 1; --step-column names one")
+            return ""
+        self._say_guess(STEP, chosen, others, "--step-column")
+        return chosen
+
+    def _name_columns(self, loss_column: str | None) -> dict[str, str]:
+        """Return what each column is called in the result."""
+        counts = {raw: len(values) for raw, (_, values) in self._values.items()}
+        names: dict[str, str] = {}
+        for meaning in (LOSS, GRAD_NORM, LR, TOKENS, VAL_LOSS):
+            option = "--loss-column" if meaning == LOSS else ""
+            free = {raw: count for raw, count in counts.items() if raw not in names}
+            if meaning == LOSS and loss_column is not None:
+                names[self._wanted(loss_column, counts, option)] = LOSS
+                continue
+            chosen, others = choose(meaning, free)
+            if chosen is not None:
+                names[chosen] = meaning
+                self._say_guess(meaning, chosen, others, option)
+        taken = set(names.values())
+        if not taken & {LOSS, VAL_LOSS, GRAD_NORM}:
+            columns = ", ".join(f"'{raw}'" for raw in list(counts)[:8]) or "none with numbers"
+            raise UserError(f"no loss in '{self._where}' (columns: {columns}); name it with --loss-column NAME")
+        for raw in counts:
+            if raw not in names:
+                names[raw] = raw if raw not in taken else f"{raw} (other)"
+        return names
+
+    def _wanted(self, wanted: str, counts: Mapping[str, int], option: str) -> str:
+        alike = [raw for raw in counts if raw == wanted] or [raw for raw in counts if words(raw) == words(wanted)]
+        if not alike:
+            columns = ", ".join(f"'{raw}'" for raw in list(counts)[:8]) or "none with numbers"
+            raise UserError(
+                f"{option} is '{wanted}', but '{self._where}' has the columns {columns}{nearest(wanted, counts)}"
+            )
+        return alike[0]
+
+    def _say_guess(self, meaning: str, chosen: str, others: Iterable[str], option: str) -> None:
+        if chosen != meaning:
+            self._notes.add(f"column '{chosen}' is taken as {meaning}")
+        rest = [f"'{raw}'" for raw in others if raw != "value"][:3]
+        if rest and option:
+            self._notes.add(f"'{chosen}' is taken as {meaning} and not {' or '.join(rest)}; {option} chooses")
+
+    def _rewinds(self, steps: Ints, loss_rows: Ints) -> tuple[Floats, Ints]:
+        """Return (positions, bound): what stands before a position counts only below or at its bound."""
+        at, to = loss_rows.astype(np.float64), steps[loss_rows]
+        if len(to) > 2 and not self._marks and (np.diff(to) < 0).all():
+            self._notes.add("the steps fall from row to row; read from the end")
+            at, to = at[:0], to[:0]
+        self._note_seams(to)
+        if self._marks:
+            marks = np.array([at for at, _ in self._marks])
+            self._notes.add(f"the journal went back {len(marks)} times; the later branch counts")
+            at = np.concatenate([at, marks])
+            to = np.concatenate([to, np.array([to for _, to in self._marks], dtype=np.int64)])
+            order = np.argsort(at, kind="stable")
+            at, to = at[order], to[order]
+        return at, np.minimum.accumulate(to[::-1])[::-1]
+
+    def _note_seams(self, to: Ints) -> None:
+        seams = np.flatnonzero(np.diff(to) < 0)
+        if self._marks:
+            return
+        for i in seams[:MAX_SEAMS]:
+            self._notes.add(f"seam: the steps go back from {to[i]} to {to[i + 1]}; the later branch counts")
+        if len(seams) > MAX_SEAMS:
+            self._notes.add(f"and {len(seams) - MAX_SEAMS} more seams")
+
+
+def _stray(steps: Ints) -> NDArray[np.bool_]:
+    """Return which rows step back alone: the next one is far ahead again, beyond all that came before."""
+    stray = np.zeros(len(steps), dtype=bool)
+    rising = np.diff(steps)
+    back = np.flatnonzero(rising < 0) + 1
+    if not len(back) or not (rising > 0).any():
+        return stray
+    usual = np.median(rising[rising > 0])
+    highest = np.maximum.accumulate(steps)
+    inner = back[back < len(steps) - 1]
+    following = steps[inner + 1]
+    stray[inner] = (following > highest[inner]) & (following - steps[inner] > 3 * usual)
+    return stray
+
+
+def _counted(rows: Ints, steps: Ints, values: Floats, rewinds: tuple[Floats, Ints]) -> tuple[Ints, Floats, int]:
+    """Return (steps, values) without what was rewound, one value a step; and how many steps had several."""
+    at, bound = rewinds
+    after = np.searchsorted(at, rows, side="right")
+    inside = after < len(at)
+    keep = np.ones(len(rows), dtype=bool)
+    keep[inside] = steps[inside] <= bound[after[inside]]
+    steps, values = steps[keep], values[keep]
+    order = np.argsort(steps, kind="stable")
+    steps, values = steps[order], values[order]
+    last = np.append(steps[1:] != steps[:-1], True) if len(steps) else np.empty(0, dtype=bool)
+    return steps[last], values[last], int((~last).sum())

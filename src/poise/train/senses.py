@@ -1,0 +1,127 @@
+"""What a run reads of itself for the guard: every step, every k steps, and when something looks wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from poise.core.types import Batch, Decision, Proceed, QkClip, ResetMoments, Signals
+from poise.guard.signals.fingerprint import combine, fingerprint
+from poise.guard.signals.listen import find_sites, floats
+from poise.guard.signals.probe import AGE, per_sequence_loss, probe
+from poise.guard.signals.together import over_ranks
+from poise.guard.signals.tracker import Tracker
+from poise.guard.signals.weights import weight_readings
+from poise.model.losses import LossOutput
+
+if TYPE_CHECKING:
+    from poise.train.state import Run
+
+ROWS = 2
+"""Sequences of a micro-batch that are measured layer by layer."""
+
+
+class Senses:
+    """The run's readings. Nothing here changes a weight, a gradient or a random number.
+
+    Args:
+        every: steps between two measurements of the layers; 0 never takes them.
+    """
+
+    def __init__(self, run: Run, every: int) -> None:
+        self._run = run
+        self._every = every
+        self._tracker = Tracker(run.model, run.optimizer, norm=run.optimizer.measure)
+        self._sites = find_sites(run.model)
+        self._losses: list[torch.Tensor] = []
+        self._log_z: list[torch.Tensor] = []
+        self._prints: list[torch.Tensor] = []
+        self._batch: Batch | None = None
+
+    def measures(self, step: int) -> bool:
+        """Whether the layers are measured at ``step``."""
+        return bool(self._every) and step % self._every == 0
+
+    def saw(self, batch: Batch, out: LossOutput) -> None:
+        """Take in a micro-batch that was just trained on."""
+        if not self._losses:
+            self._batch = batch
+        self._losses.append(out.ce.detach())
+        self._log_z.append(out.log_z.detach())
+        self._prints.append(fingerprint(batch.inputs))
+
+    def read(self) -> Signals:
+        """Return the step's signals, equal on all ranks. One collective, one wait for the device."""
+        run, step = self._run, self._run.position.step
+        extra: dict[str, torch.Tensor | float] = {
+            "first_loss": self._losses[0],
+            "log_z": torch.stack(self._log_z).mean(),
+            "fingerprint": combine(self._prints),
+        }
+        if self.measures(step):
+            extra |= self._layers() | weight_readings(run.model)
+        losses = list(self._losses)
+        for gathered in (self._losses, self._log_z, self._prints):
+            gathered.clear()
+        return self._tracker.read(
+            losses, step, run.optimizer.lr, tokens=run.position.tokens, extra=extra, token=run.guard.token
+        )
+
+    def settle(self, signals: Signals, decision: Decision) -> None:
+        """Remember the batch of a sound step: it is what an odd one is compared with."""
+        for name, value in signals.extra.items():
+            if name.startswith("attn_logit_max@"):
+                self._run.last_layers[name] = value
+        if isinstance(decision, Proceed) and not any(alarm.severity == "critical" for alarm in decision.alarms):
+            position = self._run.position
+            if signals.step % AGE == 0:  # an older one is kept: a trouble is seen a few steps after it began
+                position.good_sample, position.good_loss = position.next_good_sample, position.next_good_loss
+                position.next_good_sample = self._run.first_sample
+                position.next_good_loss = signals.extra["first_loss"]
+        self._batch = None
+
+    def changed(self, decision: Decision) -> None:
+        """Something else than a step has set the weights or the moments."""
+        if isinstance(decision, QkClip | ResetMoments):
+            self._tracker.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next reading needs; all ranks call this together, between two steps."""
+        return self._tracker.state_dict(together=True)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        self._tracker.load_state_dict(state)
+
+    def examine(self, signals: Signals) -> dict[str, float]:
+        """Take more readings of a step that raised an alarm: last good batch again, single sequences, all weights."""
+        run = self._run
+        found = floats({} if "weight_rms@embed" in signals.extra else weight_readings(run.model))
+        found |= self._again()
+        assert self._batch is not None
+        inputs, targets = self._on_device(self._batch)
+        losses_B = per_sequence_loss(run.model, (inputs, targets))
+        if losses_B is not None:
+            found |= floats({"sequence_loss_max": losses_B.amax(), "sequence_loss_median": losses_B.nanmedian()})
+        return over_ranks(found)
+
+    def _again(self) -> dict[str, float]:
+        """The last good micro-batch with the present weights, and the layers it sees."""
+        run = self._run
+        if run.position.good_sample < 0:
+            return {}
+        inputs, targets = self._on_device(run.loader.batch(run.own_first(run.position.good_sample), run.micro_batch))
+        found = probe(run.model, lambda: run.model(inputs, targets).ce, ROWS, sites=self._sites)
+        assert found.loss is not None
+        expected = {"probe_expected": run.position.good_loss}
+        return floats({"probe_loss": found.loss.detach().float(), **found.readings}) | expected
+
+    def _layers(self) -> dict[str, torch.Tensor]:
+        assert self._batch is not None
+        inputs, targets = (tensor[:ROWS] for tensor in self._on_device(self._batch))
+        return probe(self._run.model, lambda: self._run.model(inputs, targets).ce, ROWS, sites=self._sites).readings
+
+    def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self._run.world.device
+        return batch.inputs.to(device), batch.targets.to(device)

@@ -1,0 +1,421 @@
+"""Logs as people have them: read right, or refused in one line that says what was looked for."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from poise.core import journal
+from poise.core.errors import UserError
+from poise.postmortem import Log, read_log
+from poise.postmortem.readers import names
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+
+
+def read(tmp_path: Path, text: str | bytes, name: str = "run.csv", **columns: str) -> Log:
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_log(path, **columns)
+
+
+def losses(log: Log) -> dict[int, float]:
+    return dict(zip(*(x.tolist() for x in log.series["loss"]), strict=True))
+
+
+def said(log: Log, text: str) -> bool:
+    return any(text in note for note in log.notes)
+
+
+# -- tables --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step,loss,grad_norm,lr\n1,2.5,1.0,1e-3\n2,2.25,0.5,2e-3\n",
+        "step\tloss\tgrad_norm\tlr\n1\t2.5\t1.0\t1e-3\n2\t2.25\t0.5\t2e-3\n",
+        "step;loss;grad_norm;lr\n1;2,5;1,0;0,001\n2;2,25;0,5;0,002\n",
+        "Iteration | LM loss | grad-norm | learning rate\n1 | 2.5 | 1.0 | 1e-3\n2 | 2.25 | 0.5 | 2e-3\n",
+        "# step loss grad_norm lr\n1 2.5 1.0 1e-3\n2 2.25 0.5 2e-3\n",
+        '"Step","run, 7 - train/loss","run, 7 - train/grad_norm","lr (max)"\n"1","2.5","1","1e-3"\n2,2.25,.5,2e-3',
+    ],
+)
+def test_tables_in_every_dress(tmp_path: Path, text: str) -> None:
+    log = read(tmp_path, text)
+    assert log.format == "table"
+    assert losses(log) == {1: 2.5, 2: 2.25}
+    assert log.series["grad_norm"][1].tolist() == [1.0, 0.5]
+    assert log.series["lr"][1].tolist() == [1e-3, 2e-3]
+    assert log.series["loss"][0].dtype == np.int64 and log.series["loss"][1].dtype == np.float64
+
+
+def test_no_header(tmp_path: Path) -> None:
+    log = read(tmp_path, "1 8.05\n2 7.75\n3 7.03\n", "losses.txt")
+    assert losses(log) == {1: 8.05, 2: 7.75, 3: 7.03}
+    assert said(log, "no header")
+
+
+def test_nan_and_inf_are_values_and_absent_is_not(tmp_path: Path) -> None:
+    log = read(
+        tmp_path, "step,loss,grad_norm\n1,nan,1\n2,NaN,\n3,inf,null\n4,-inf,N/A\n5,-nan(ind),2\n6,,3\n7,oops,4\n"
+    )
+    steps, values = log.series["loss"]
+    assert steps.tolist() == [1, 2, 3, 4, 5]
+    assert np.isnan(values[[0, 1, 4]]).all() and values[2] == math.inf and values[3] == -math.inf
+    assert log.series["grad_norm"][0].tolist() == [1, 5, 6, 7]
+    assert said(log, "no number left out (at line 8)")
+
+
+def test_dirt_is_tolerated_and_noted(tmp_path: Path) -> None:
+    text = "\ufeffstep,loss\r\n\r\n1,\x1b[31m2.5\x1b[0m\r\n2,2.25\r\n\r\n\x00\x003,2.0\r\n4"
+    log = read(tmp_path, text)
+    assert losses(log) == {1: 2.5, 2: 2.25, 3: 2.0}
+    for remark in ("byte-order mark", "carriage returns", "blank line left out (2 times", "colour codes", "cut off"):
+        assert said(log, remark), (remark, log.notes)
+
+
+def test_clean_log_has_no_notes(tmp_path: Path) -> None:
+    assert read(tmp_path, "step,loss\n1,2\n2,3\n").notes == ()
+
+
+def test_utf16_as_a_windows_shell_writes_it(tmp_path: Path) -> None:
+    assert losses(read(tmp_path, "step,loss\r\n1,2.5\r\n2,2\r\n".encode("utf-16"))) == {1: 2.5, 2: 2.0}
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ""])
+def test_compressed(tmp_path: Path, suffix: str) -> None:
+    """Known by its first bytes, not by its name."""
+    press = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, "": gzip.compress}[suffix]
+    log = read(tmp_path, press(b"step,loss\n1,2.5\n2,2\n"), "run.v2.csv" + suffix)
+    assert losses(log) == {1: 2.5, 2: 2.0}
+    assert log.name == "run.v2"
+
+
+def test_cut_off_gzip_gives_what_is_there(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).random(40_000)
+    whole = gzip.compress(("step,loss\n" + "".join(f"{i},{x}\n" for i, x in enumerate(rows))).encode())
+    log = read(tmp_path, whole[: len(whole) // 2])
+    assert 10_000 < len(log.series["loss"][0]) < 30_000
+    assert said(log, "damaged or cut off")
+
+
+def test_header_is_found_below_a_preamble_and_may_change(tmp_path: Path) -> None:
+    text = "run of Tuesday\nhost a1\nstep,loss\n1,5\n2,4\nstep,loss\n3,3\nstep,loss,lr\n4,2,0.1\n"
+    log = read(tmp_path, text)
+    assert losses(log) == {1: 5, 2: 4, 3: 3, 4: 2}
+    assert log.series["lr"][0].tolist() == [4]
+    assert said(log, "before the header left out (2 times") and said(log, "header met again")
+
+
+def test_an_open_quote_spoils_one_line_only(tmp_path: Path) -> None:
+    assert losses(read(tmp_path, 'step,loss,note\n1,5,"a\n2,4,b\n3,3,"c, d"\n')) == {1: 5, 2: 4, 3: 3}
+
+
+def test_rows_without_steps_are_counted(tmp_path: Path) -> None:
+    log = read(tmp_path, "loss,lr\n5,1\n4,1\n3,1\n")
+    assert losses(log) == {1: 5, 2: 4, 3: 3}
+    assert said(log, "counted from 1")
+
+
+def test_columns_by_option(tmp_path: Path) -> None:
+    text = "t,objective,loss\n10,5,1\n20,4,1\n"
+    log = read(tmp_path, text, step_column="t", loss_column="objective")
+    assert losses(log) == {10: 5, 20: 4}
+    assert log.series["loss (other)"][1].tolist() == [1, 1]
+    with pytest.raises(UserError, match=r"--loss-column is 'objektive'.*did you mean 'objective'"):
+        read(tmp_path, text, step_column="t", loss_column="objektive")
+    with pytest.raises(UserError, match="--step-column is 'x'"):
+        read(tmp_path, text, step_column="x")
+
+
+# -- JSON lines ----------------------------------------------------------------------------------------
+
+
+def jsonl(*records: Any) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.mark.parametrize(
+    ("step", "loss"),
+    [
+        ("step", "loss"),
+        ("iter", "train/loss"),
+        ("iteration", "lm loss"),
+        ("global_step", "train_loss"),
+        ("_step", "train/loss"),
+        ("trainer/global_step", "train/CE loss"),
+        ("num_updates", "train_nll_loss"),
+    ],
+)
+def test_json_lines_by_any_name(tmp_path: Path, step: str, loss: str) -> None:
+    records = [{step: s, loss: 3.0 - s, "learning_rate": 1e-3, "run": "a", "done": False} for s in (1, 2)]
+    log = read(tmp_path, jsonl(*records), "log.jsonl")
+    assert log.format == "jsonl"
+    assert losses(log) == {1: 2.0, 2: 1.0}
+    assert set(log.series) == {"loss", "lr"}
+
+
+def test_the_trackers_own_counter_gives_way(tmp_path: Path) -> None:
+    records = [{"_step": 2 * s, "train/global_step": s, "train/loss": 5.0, "_runtime": 1.0} for s in (1, 2, 3)]
+    log = read(tmp_path, jsonl(*records))
+    assert list(losses(log)) == [1, 2, 3]
+
+
+def test_hugging_face_log(tmp_path: Path) -> None:
+    log = read(
+        tmp_path,
+        jsonl(
+            {"loss": 5.0, "grad_norm": 1.0, "learning_rate": 1e-4, "epoch": 0.1, "step": 10},
+            {"loss": 4.0, "grad_norm": "nan", "learning_rate": 1e-4, "epoch": 0.2, "step": 20},
+            {"eval_loss": 4.5, "epoch": 0.2, "step": 20},
+            {"train_runtime": 9.0, "train_loss": 4.5, "epoch": 0.2, "step": 20},
+        ),
+    )
+    assert losses(log) == {10: 5.0, 20: 4.0}
+    assert log.series["val_loss"][0].tolist() == [20] and log.series["val_loss"][1].tolist() == [4.5]
+    assert log.series["epoch"][1].tolist() == [0.1, 0.2]
+    assert np.isnan(log.series["grad_norm"][1][1])
+    assert said(log, "closing summary")
+
+
+def test_json_numbers_as_python_writes_them(tmp_path: Path) -> None:
+    text = '{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity, "train": {"ppl": 7}}\n{"step": 3, "loss": "-inf"}\n'
+    log = read(tmp_path, text + '{"step": 4, "lo')
+    assert np.isnan(losses(log)[1]) and losses(log)[2] == math.inf and losses(log)[3] == -math.inf
+    assert log.series["train/ppl"][1].tolist() == [7]
+    assert said(log, "the last line is cut off and left out (at line 4)")
+
+
+def test_sparse_columns_keep_their_own_steps(tmp_path: Path) -> None:
+    records = [{"step": s, "loss": 1.0} | ({"val/loss": 2.0} if s % 5 == 0 else {}) for s in range(1, 21)]
+    log = read(tmp_path, jsonl(*records))
+    assert log.series["val_loss"][0].tolist() == [5, 10, 15, 20]
+
+
+def test_summary_column_is_not_the_loss(tmp_path: Path) -> None:
+    """A well-named column with few values loses against one that is there on every row."""
+    records = [{"step": s, "train_lm_loss": float(s)} | ({"loss": -1.0} if s == 9 else {}) for s in range(1, 10)]
+    log = read(tmp_path, jsonl(*records))
+    assert losses(log)[9] == 9.0
+    assert said(log, "--loss-column chooses")
+
+
+# -- what counts ---------------------------------------------------------------------------------------
+
+
+def test_the_later_branch_counts(tmp_path: Path) -> None:
+    first = [{"step": s, "loss": 1.0, "grad_norm": 1.0} for s in range(1, 11)]
+    old_eval = [{"step": 9, "eval_loss": 7.0}]
+    again = [{"step": s, "loss": 2.0} for s in range(6, 9)]
+    log = read(tmp_path, jsonl(*first, *old_eval, *again))
+    assert losses(log) == dict.fromkeys(range(1, 6), 1.0) | dict.fromkeys(range(6, 9), 2.0)
+    assert log.series["grad_norm"][0].tolist() == [1, 2, 3, 4, 5, 6]  # 7 to 10 belong to a branch that is gone
+    assert "val_loss" not in log.series
+    assert said(log, "seam: the steps go back from 10 to 6")
+
+
+def test_split_rows_of_one_step_are_no_rewind(tmp_path: Path) -> None:
+    records = [{"step": s, name: 1.0} for s in range(1, 6) for name in ("grad_norm", "loss", "lr")]
+    log = read(tmp_path, jsonl(*records))
+    assert all(log.series[name][0].tolist() == [1, 2, 3, 4, 5] for name in ("grad_norm", "loss", "lr"))
+    assert log.notes == ()
+
+
+def test_repeated_steps_and_falling_steps(tmp_path: Path) -> None:
+    log = read(tmp_path, "step,loss\n1,9\n1,8\n2,7\n")
+    assert losses(log) == {1: 8, 2: 7}
+    assert said(log, "more than one loss")
+    log = read(tmp_path, "step,loss\n3,7\n2,8\n1,9\n")
+    assert losses(log) == {1: 9, 2: 8, 3: 7}
+    assert said(log, "read from the end")
+
+
+def test_one_stray_row_does_not_wipe_out_the_log(tmp_path: Path) -> None:
+    rows = [*range(1, 101), 3, *range(101, 121)]
+    log = read(tmp_path, "step,loss\n" + "".join(f"{s},{s}\n" for s in rows))
+    assert len(losses(log)) == 120 and losses(log)[3] == 3
+    assert said(log, "stray")
+
+
+# -- journals ------------------------------------------------------------------------------------------
+
+
+def write_journal(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(journal.to_json({"time": 1.0, **record}) + "\n" for record in records))
+
+
+def step_record(step: int, loss: float) -> dict[str, Any]:
+    return {
+        "type": "step",
+        "step": step,
+        "loss": loss,
+        "grad_norm": 1.0,
+        "lr": 1e-3,
+        "tokens": 64 * step,
+        "action": "x",
+    }
+
+
+def test_run_folder_with_rollback_and_layers(tmp_path: Path) -> None:
+    folder = tmp_path / "nano"
+    folder.mkdir()
+    layer = {"attn_logit_max@block.0": 9.0}
+    write_journal(
+        folder / "journal.jsonl",
+        [
+            {"type": "run", "format": 1, "recipe": {}, "command": "", "environment": {}},
+            *(step_record(s, 1.0) for s in range(1, 8)),
+            {"type": "layers", "step": 3, "readings": layer},
+            {"type": "layers", "step": 7, "readings": layer},
+            {"type": "eval", "step": 4, "loss": 5.0},
+            {"type": "rollback", "step": 7, "to": 4},
+            step_record(5, math.nan),
+        ],
+    )
+    with (folder / "journal.jsonl").open("a") as file:
+        file.write('{"type": "step", "st')
+    log = read_log(folder)
+    assert (log.format, log.name) == ("poise", "nano")
+    steps, values = log.series["loss"]
+    assert steps.tolist() == [1, 2, 3, 4, 5] and np.isnan(values[4])
+    assert log.series["attn_logit_max@block.0"][0].tolist() == [3]
+    assert log.series["val_loss"][0].tolist() == [4]
+    assert log.series["tokens"][1][1] == 128
+    assert said(log, "went back 1 times") and said(log, "cut off")
+    assert losses(read_log(folder / "journal.jsonl")).keys() == losses(log).keys()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["steps", "eval", "rollback", "resume"]), st.integers(1, 9)), max_size=12))
+def test_journal_counts_as_the_timeline_does(tmp_path_factory: pytest.TempPathFactory, moves: list[Any]) -> None:
+    records, step, loss = [step_record(1, 0.0)], 1, 0.0
+    for move, n in moves:
+        match move:
+            case "steps":
+                for _ in range(n):
+                    step, loss = step + 1, loss + 1
+                    records.append(step_record(step, loss))
+            case "eval":
+                records.append({"type": "eval", "step": step, "loss": loss})
+            case "rollback":
+                step = max(step - n, 1)
+                records.append({"type": "rollback", "step": step + n, "to": step})
+            case "resume":  # the next record is a step, as in a run
+                step, loss = max(step - n, 1) + 1, loss + 1
+                records.append(step_record(step, loss))
+    path = tmp_path_factory.mktemp("run") / "journal.jsonl"
+    write_journal(path, records)
+    kept = journal.timeline(journal.read(path))
+    log = read_log(path)
+    assert losses(log) == {r["step"]: r["loss"] for r in kept if r["type"] == "step"}
+    evals = {r["step"]: r["loss"] for r in kept if r["type"] == "eval"}
+    ours = log.series.get("val_loss", (np.array([]), np.array([])))
+    assert dict(zip(*(x.tolist() for x in ours), strict=True)) == evals
+
+
+# -- names ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "meaning"),
+    [
+        ("train/learning_rate", "lr"),
+        ("optim/total_grad_norm", "grad_norm"),
+        ("l2_norm/grad/global", "grad_norm"),
+        ("validation_cross_entropy", "val_loss"),
+        ("loss_metrics/global_avg_loss", "loss"),
+        ("num_input_tokens_seen", "tokens"),
+        ("aux_loss", None),
+        ("loss_scale", None),
+        ("tokens_per_s", None),
+        ("step_time", None),
+        ("weight_norm", None),
+    ],
+)
+def test_what_a_column_means(raw: str, meaning: str | None) -> None:
+    fitting = {m for m in [*names.ALIASES, names.VAL_LOSS] if names.rank(m, raw) is not None}
+    assert fitting == ({meaning} if meaning else set())
+
+
+# -- refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty"),
+        ("\n\n\n", "looked for"),
+        ("Dear all,\nthe run is fine, mostly.\n", "looked for"),
+        (bytes(range(256)) * 4, "looked for"),
+        ("name,value\nlr,0.1\nseed,1\nmodel,x\n", "looked for"),
+        ("a,b\n1,2\n3,4\n", "no loss in .*--loss-column"),
+        ("step,lr\n1,2\n2,4\n", "no loss in .*--loss-column"),
+        ("step,loss\n1,2\n" + "something else\n" * 30 + "2,3\n", "looked for"),
+        ('{"step": 1}\n{"step": 2}\n', "no loss in"),
+        ("step,loss\n1,2\n2,3\n" * 10 + "noise\n" * 100, "only 20 of 120 lines"),
+    ],
+)
+def test_refused_in_one_line(tmp_path: Path, text: str | bytes, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        read(tmp_path, text, "notes.txt")
+    assert "\n" not in str(caught.value) and "notes.txt" in str(caught.value)
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "losses.csv").write_text("step,loss\n1,2\n")
+    with pytest.raises(UserError, match=r"no log .*did you mean 'losses.csv'"):
+        read_log(tmp_path / "losse.csv")
+    with pytest.raises(UserError, match=r"has no journal.jsonl"):
+        read_log(tmp_path)
+    with pytest.raises(UserError, match="pipe or a device"):
+        read_log("/dev/null")
+
+
+def test_other_series_do_without_a_loss(tmp_path: Path) -> None:
+    log = read(tmp_path, "step,val_loss\n10,3\n20,2\n")
+    assert set(log.series) == {"val_loss"}
+
+
+def test_thousands_of_columns(tmp_path: Path) -> None:
+    wide = [f"rms@layers.{i}.attention.output" for i in range(4000)]
+    log = read(tmp_path, ",".join(["step", "loss", *wide]) + "\n" + ("1" + ",2" * 4001 + "\n") + ("2" + ",3" * 4001))
+    assert len(log.series) == 4001 and log.series[wide[-1]][1].tolist() == [2, 3]
+
+
+def test_a_long_log_is_not_held_in_memory(tmp_path: Path) -> None:
+    """Python's own allocations stay within a few numbers a value: no line, no record is kept."""
+    import tracemalloc
+
+    path = tmp_path / "long.jsonl"
+    with path.open("w") as file:
+        for s in range(1, 8_001):
+            file.write(f'{{"step": {s}, "loss": 2.5, "grad_norm": 1.0, "note": "{"x" * 1500}"}}\n')
+    tracemalloc.start()
+    log = read_log(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(log.series["loss"][0]) == 8_000
+    assert peak < path.stat().st_size / 2, f"{peak} bytes for a file of {path.stat().st_size}"
+
+
+@pytest.mark.skipif(not (SHARED / "logs").is_dir(), reason="the real logs are not on this machine")
+def test_real_logs() -> None:
+    log = read_log(SHARED / "logs" / "torchtitan_losses__llama3_cuda.txt")
+    steps, values = log.series["loss"]
+    assert len(steps) == 100 and round(values[0], 4) == 8.0491 and round(values[-1], 4) == 2.7465
+    for path in sorted((SHARED / "traces").glob("*.csv")):
+        log = read_log(path)
+        rows = path.read_text().splitlines()
+        assert log.format == "table" and len(log.series["loss"][0]) == len(rows) - 1, path.name
+        assert set(log.notes) <= {"lines end with carriage returns (Windows, or a progress bar)"}, path.name
