@@ -53,6 +53,24 @@ def test_without_a_forerunner_the_cause_is_unknown() -> None:
     assert name(spike(100)) == Verdict("unknown", "possible", ("fast_spike at 100", "no forerunner was seen"))
 
 
+def test_scaled_queries_and_keys_are_the_layers_unless_the_loss_is_lost() -> None:
+    both = [
+        alarm(100, "logit_growth", "critical", place="block.1"),
+        alarm(100, "weight_jump", "critical", place="block.1"),
+    ]
+    silent = name(*both)
+    assert silent is not None and (silent.cause, silent.place) == ("architecture", "block.1")
+    assert any("weight_jump" in sentence for sentence in silent.evidence)
+    loud = name(*both, spike(100))
+    assert loud is not None and loud.cause == "hardware"
+
+
+def test_a_wild_rate_explains_what_it_did_to_the_weights() -> None:
+    wild = Alarm("lr_jump", "warning", 95, "lr", 3e-2, 1e-3, "lr_jump", "the rate jumped")
+    verdict = name(wild, alarm(99, "weight_jump", "critical", place="embed"), spike(100))
+    assert verdict is not None and verdict.cause == "schedule"
+
+
 def test_a_forerunner_too_long_ago_is_none() -> None:
     verdict = name(alarm(100 - WINDOW - 1, "lr_jump"), spike(100))
     assert verdict is not None and verdict.cause == "unknown"

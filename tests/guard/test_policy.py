@@ -26,8 +26,9 @@ from poise.core.types import (
     Watch,
 )
 from poise.guard.episode import Episode
+from poise.guard.ladder import ORDER
 from poise.guard.ledger import PolicyConfig
-from poise.guard.policy import ABILITIES, ORDER, Policy
+from poise.guard.policy import ABILITIES, Policy
 from poise.guard.responses.dispatch import abilities, carry_out
 
 LEVEL = 3.0
@@ -251,6 +252,24 @@ def test_the_probe_decides_between_the_batch_and_the_weights(weights: str, actio
     assert {a for _, a in trainer.log} == {action}
 
 
+def test_sound_weights_and_odd_batches_in_a_row_are_left_out_from_the_second_on() -> None:
+    sound = Verdict("data", "measured", ("x",), weights="sound")
+    trainer = Trainer(lambda step, t: 6.0 if 50 <= step < 60 else LEVEL, verdict=lambda step: sound).run(80)
+    assert trainer.log[0] == (50, "watch")
+    assert trainer.actions() == [(step, "skip") for step in range(51, 60)]
+    assert all(d.again for d in trainer.decisions if isinstance(d, Skip)), "only the batches are to blame"
+
+
+def test_a_rate_that_replaces_the_weights_is_lowered() -> None:
+    def large(step: int) -> list[Alarm]:
+        return [alarm(step, "large_updates", value=0.1, expected=0.02)] if step == 9 else []
+
+    trainer = Trainer(steady, extra_alarms=large).run(20)
+    assert trainer.actions() == [(9, "lower_lr")] and trainer.lr == pytest.approx(2e-4)
+    young = Trainer(steady, extra_alarms=large, checkpoints=[0]).run(9)
+    assert young.actions() == [(9, "rollback")] and young.step == 0 and young.lr == pytest.approx(2e-4)
+
+
 def test_a_loss_that_follows_the_rate_gets_its_old_rate_back() -> None:
     def jump(step: int) -> list[Alarm]:
         return [alarm(step, "lr_jump", "warning", value=4e-3, expected=1e-3)] if step == 50 else []
@@ -319,8 +338,10 @@ def test_runaway_logits_are_clipped_and_a_clip_that_does_not_help_is_followed_by
     helped = Trainer(steady, extra_alarms=logits({50: 120.0, 70: 90.0}), checkpoints=[0]).run(100)
     assert [type(d) for d in helped.decisions if d.action != "proceed"] == [QkClip, QkClip]
     assert helped.asked == [("qk", ("block.1",), 40.0)] * 2
-    useless = Trainer(steady, extra_alarms=logits({50: 120.0, 60: 150.0}), checkpoints=[0]).run(65)
-    assert [a for _, a in useless.actions()] == ["qk_clip", "rollback"]
+    growing = {50 + 10 * i: 120.0 + i for i in range(6)}
+    useless = Trainer(steady, extra_alarms=logits(growing), checkpoints=[0]).run(105)
+    assert [a for _, a in useless.actions()] == ["qk_clip"] * 5 + ["rollback"]
+    assert "did not help" in useless.decisions[99].reason
     alone = Trainer(steady, extra_alarms=logits({50: 120.0, 60: 150.0}), can=frozenset()).run(100)
     assert [a for _, a in alone.log] == ["watch", "proceed"]
 
@@ -329,6 +350,18 @@ def test_damaged_weights_are_restored_once() -> None:
     jumps = lambda step: [alarm(step, "weight_jump", place="block.0")] if step in (57, 58) else []  # noqa: E731
     trainer = Trainer(steady, extra_alarms=jumps, checkpoints=[0, 40, 50]).run(58)
     assert trainer.actions()[0] == (57, "rollback") and trainer.asked[0] == 46
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_logits_that_were_scaled_up_are_clipped_unless_the_loss_is_lost(lost: bool) -> None:
+    def both(step: int) -> list[Alarm]:
+        growth = alarm(step, "logit_growth", value=120.0, expected=20.0, place="block.1")
+        return [growth, alarm(step, "weight_jump", place="block.1")] if step == 50 else []
+
+    trainer = Trainer(
+        lambda step, t: LEVEL * 1.4 if lost and t.shown == 50 else LEVEL, extra_alarms=both, checkpoints=[0, 30]
+    ).run(60)
+    assert [a for _, a in trainer.actions()] == (["rollback"] if lost else ["qk_clip"])
 
 
 def test_a_stale_moment_is_reset_where_it_is() -> None:

@@ -352,6 +352,17 @@ def marks(values: Sequence[int], first: int = 1) -> list[Signals]:
     return plain({first + i: float(value) for i, value in enumerate(values)}, "fingerprint")
 
 
+def test_a_step_taken_again_goes_on_with_the_data() -> None:
+    """The loop leaves a repeated batch out and takes the same step with the next one: still repeated, still told."""
+    detector = RepeatedData()
+    shown = [(step, step) for step in range(1, 51)] + [(51, 50)] * 6 + [(51, 60), (52, 61)]
+    told = [
+        detector.update(Signals(step, 3.0, 1.0, 1e-3, 0, {"fingerprint": float(mark)})) is not None
+        for step, mark in shown
+    ]
+    assert told == [False] * 50 + [True] * 6 + [False] * 2
+
+
 def test_the_same_batch_again_is_critical_at_every_step() -> None:
     alarms = run(RepeatedData(), marks([*range(1, 51), *([50] * 5), *range(60, 70)]))
     assert [(a.step, a.severity) for a in alarms] == [(step, "critical") for step in range(51, 56)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -214,14 +213,28 @@ def counting_norm(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from poise.optim import facts
 
     calls: list[int] = []
-    real: Callable[..., Tensor] = facts.global_norm
+    real = facts._plain_norms
 
-    def counted(grads: object) -> Tensor:
+    def counted(grads: list[Tensor]) -> list[Tensor]:
         calls.append(1)
         return real(grads)
 
-    monkeypatch.setattr(facts, "global_norm", counted)
+    monkeypatch.setattr(facts, "_plain_norms", counted)
     return calls
+
+
+def test_every_tensors_norm_is_of_the_same_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counting_norm(monkeypatch)
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))]
+    chain = Chain(params, AdamW(), lr=0.1)
+    params[0].grad, params[1].grad = torch.full((3,), 2.0), torch.full((2,), 3.0)
+    each = chain.measure_each()
+    assert {p: float(each[id(p)]) for p in params[:2]} == pytest.approx({params[0]: 12**0.5, params[1]: 18**0.5})
+    assert id(params[2]) not in each and float(chain.measure()) == pytest.approx(30**0.5)
+    assert len(calls) == 1
+    params[1].grad = None
+    params[0].grad = torch.full((3,), 2.0)
+    assert set(chain.measure_each()) == {id(params[0])}
 
 
 def test_measure_and_step_share_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

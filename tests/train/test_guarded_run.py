@@ -11,7 +11,7 @@ import torch
 
 from poise.cli.main import main
 from poise.core.journal import read, timeline
-from poise.core.types import Alarm
+from poise.core.types import Alarm, Skip
 from poise.guard.detectors.nonfinite import NonFinite
 from poise.studies.inject import Fault, Injector
 from poise.train.loop import Outcome
@@ -91,3 +91,28 @@ def test_halted_exits_with_3(tokens_dir: Path, tmp_path: Path, monkeypatch: pyte
     assert main(words) == 3
     figures = json.loads(capsys.readouterr().out)
     assert figures["outcome"] == "halted"
+
+
+def test_a_step_whose_batch_alone_was_bad_is_taken_again_with_the_next_one(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    def blame(run: Run) -> None:
+        decide, blamed = run.guard.decide, []
+
+        def judge(signals: Any) -> Any:
+            decision = decide(signals)
+            if signals.step == 20 and len(blamed) < 2:
+                blamed.append(run.first_sample)
+                return Skip(again=True, reason="odd batch")
+            return decision
+
+        run.guard.decide = judge  # type: ignore[method-assign]
+
+    outcome = train(load("nano", tiny), tmp_path / "run", before=blame)
+    records = read(tmp_path / "run" / "journal.jsonl")
+    assert outcome.step == 40
+    tries = [(r["sample"], r["action"]) for r in records if r["type"] == "step" and r["step"] == 20]
+    assert tries == [(76, "skip"), (80, "skip"), (84, "proceed")]
+    steps = [r for r in timeline(records) if r["type"] == "step"]
+    assert [r["step"] for r in steps] == list(range(1, 41)) and steps[-1]["sample"] == 41 * 4
+    assert [r["step"] for r in records if r["type"] == "save"] == [0, 10, 20, 30, 40]

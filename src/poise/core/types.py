@@ -149,7 +149,12 @@ class Watch(Proceed):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skip(Decision):
-    """Do not call the optimizer: weights, moments and step count of the optimizer stay as they are."""
+    """Do not call the optimizer: weights, moments and step count of the optimizer stay as they are.
+
+    ``again`` says that only the batch is to blame: a loop that can do so takes the step again with the next batch.
+    """
+
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

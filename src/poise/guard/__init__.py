@@ -2,7 +2,16 @@
 
 _DETECTORS = (
     *("nonfinite", "fast_spike", "level_shift", "slow_divergence", "chaotic", "collapse", "plateau", "data_outlier"),
-    *("grad_spike", "grad_runup", "update_jump", "moment_lag", "stale_moment", "logit_growth", "entropy_collapse"),
+    *(
+        "grad_spike",
+        "grad_runup",
+        "large_updates",
+        "update_jump",
+        "moment_lag",
+        "stale_moment",
+        "logit_growth",
+        "entropy_collapse",
+    ),
     *("weight_jump", "underflow", "repeated_data", "lr_jump", "loss_spread"),
 )
 

@@ -8,7 +8,7 @@ was measured on alarm. The rules are tried in this order, and the first that hol
     hardware      weights of a place changed by more than the optimizer's steps can have done
     data          the last good batch still has its loss under the present weights, so this batch is odd: measured
     precision     a gradient or activation left its range: not finite, or the loss scale sinks
-    schedule      the learning rate jumped before; or the loss is chaotic from the start
+    schedule      the learning rate jumped before; every step replaces the weights; the loss is chaotic from the start
     architecture  attention logits ran away, or attention collapsed, in a layer before the loss moved
     optimizer     the second moment does not fit the gradients, or the update grew first
     data          one odd step with nothing after it
@@ -113,8 +113,10 @@ class Causes:
 
     def _damaged(self, signals: Signals, now: Sequence[Alarm]) -> Verdict | None:
         found = self._all("weight_jump")
-        if not found:
-            return None
+        logits = {a.place for a in self._all("logit_growth")}
+        trouble = any(a.kind in TROUBLE for a in self._recent)
+        if not found or (not trouble and found[0].place in logits):
+            return None  # with a sound loss, what grows queries and keys shows as logits first
         evidence = (*_say(found), "a fault of a device or of code that writes weights does that; a step does not")
         return Verdict("hardware", "likely", evidence, place=found[0].place)
 
@@ -141,6 +143,9 @@ class Causes:
         jumps = self._all("lr_jump")
         if jumps:
             return Verdict("schedule", "likely", _say(jumps))
+        large = self._all("large_updates")
+        if large:
+            return Verdict("schedule", "likely", _say(large))
         chaotic = [a for a in now if a.kind == "chaotic"]
         if chaotic:
             evidence = (chaotic[0].message, f"learning rate {signals.lr:.3g}: too high, or the warm-up is too short")
@@ -148,8 +153,10 @@ class Causes:
         return None
 
     def _layer(self, signals: Signals, now: Sequence[Alarm]) -> Verdict | None:
-        found = self._all("logit_growth", "entropy_collapse")
-        if not found:
+        found = sorted(
+            self._all("logit_growth", "entropy_collapse", "weight_jump"), key=lambda a: a.kind == "weight_jump"
+        )
+        if not found or found[0].kind == "weight_jump":
             return None
         certainty: Certainty = "likely" if found[0].kind == "logit_growth" else "possible"
         return Verdict("architecture", certainty, _say(found), place=found[0].place)

@@ -159,7 +159,7 @@ class Guard:
 
     def _second_look(self, signals: Signals, measured: Mapping[str, float]) -> list[Alarm]:
         """Let the detectors that look at weights and layers judge what was measured on alarm."""
-        fresh = {name: value for name, value in measured.items() if name not in signals.extra}
+        fresh = {name: value for name, value in measured.items() if "@" in name and name not in signals.extra}
         if not fresh:
             return []
         again = dataclasses.replace(signals, extra={**signals.extra, **fresh})

@@ -10,6 +10,9 @@ from typing import Any
 from poise.core.errors import UserError
 from poise.core.types import Alarm
 
+MEND_MEMORY = 100
+"""Steps after which the same mend at the same place counts as the first again."""
+
 MAX_TRIES = 2
 """Rollbacks for one trouble: the first, and one checkpoint further."""
 
@@ -67,7 +70,7 @@ class Ledger:
         refused: the host could not go back.
         tried: the checkpoints that this trouble went back to.
         cool_until: last step of the cool-down.
-        mended: "kind@place" -> [step, reading] of the last mend.
+        mended: "kind@place" -> [step, reading, how many in a row] of the last mend.
     """
 
     done: int = 0
@@ -130,10 +133,11 @@ class Ledger:
 
     def note_mend(self, alarm: Alarm, step: int, prefix: str = "") -> None:
         """Something was done about ``alarm``."""
-        self.mended[prefix + _key(alarm)] = [step, alarm.value]
+        before = self.last_mend(alarm, step, MEND_MEMORY, prefix)
+        self.mended[prefix + _key(alarm)] = [step, alarm.value, 1 + (0 if before is None else before[2])]
 
     def last_mend(self, alarm: Alarm, step: int, within: int, prefix: str = "") -> list[float] | None:
-        """[step, reading] of the last mend of this at this place, if it was at most ``within`` steps ago."""
+        """[step, reading, how many] of the last mend of this at this place, if at most ``within`` steps ago."""
         before = self.mended.get(prefix + _key(alarm))
         return before if before is not None and 0 <= step - before[0] <= within else None
 

@@ -4,11 +4,12 @@ What is seen, in the order in which it is looked at, and what is done:
 
     loss or gradient not finite       Skip; after ``skip_patience`` in a row Rollback, one further, then Halt
     a rate ten times its course       Skip; if it stays LowerLr, taken back when the jump is over
+    every step replaces the weights   LowerLr; in a young run Rollback to its start with the lower rate
     batch that was just trained on    Skip
     weights changed, not by a step    Rollback to before it
     attention logits run away         QkClip of that layer; if they come straight back, Rollback with half the rate
     second moment does not fit        ResetMoments of that layer
-    loss spike, batch to blame        Skip where its gradient is odd as well
+    loss spike, batch to blame        Skip where its gradient is odd as well, or from the second in a row on
     loss spike, gradient odd          Clip: the step is taken at its usual length
     loss spike, anything else         Watch: most recover by themselves within some 40 to 80 steps
     the rate jumped, and then this    Rollback (else LowerLr) with the rate it had before
@@ -49,6 +50,7 @@ from poise.core.types import (
     Watch,
 )
 from poise.guard.episode import Episode
+from poise.guard.ladder import ORDER, advice
 from poise.guard.ledger import MAX_TRIES, Ledger, PolicyConfig, count
 from poise.guard.rate import Rate
 
@@ -61,26 +63,20 @@ HALF = 0.5
 CHAOS_FACTOR = 0.1
 """Share of the learning rate to go on with where the loss was chaotic: the rate was far off, not a little."""
 
+MAX_CLIPS = 5
+"""QK-clips of one layer within a cool-down while the loss is sound; what grows on is clipped again."""
+
 BLIND_SKIPS = 2
 """Odd steps in a row that are skipped when nobody can tell an odd batch from odd weights."""
+
+ODD_IN_A_ROW = 2
+"""One odd batch is left alone; so many in a row, with sound weights, are bad data and are left out."""
 
 HOPELESS_AFTER = 10
 """Steps that even a loss which looks hopeless is watched first: one odd batch is no divergence."""
 
 FOLLOWS = 100
 """Steps after a jump of the learning rate in which a trouble of the loss is its work."""
-
-ORDER: dict[str, tuple[str, ...]] = {
-    "unknown": ("rollback", "reset_moments", "lower_lr"),
-    "data": ("rollback",),
-    "hardware": ("rollback",),
-    "software": ("rollback",),
-    "precision": ("rollback", "lower_lr"),
-    "schedule": ("rollback", "lower_lr"),
-    "optimizer": ("reset_moments", "rollback", "lower_lr"),
-    "architecture": ("rollback", "lower_lr"),
-}
-"""What is tried for damage that stays, by cause, the likeliest to help first."""
 
 
 @dataclass(frozen=True)
@@ -159,19 +155,19 @@ class Policy:
             why = "the learning rate fell: its jump is over, so the cut that answered it is taken back"
             return LowerLr(factor=back, reason=why, alarms=now.alarms)
         news = [self._end_cool_down(now.step), self._end_streak(now)]
-        for answer in (
-            self._nonfinite,
-            self._wild_rate,
-            self._repeated,
-            self._damaged,
-            self._runaway,
-            self._stale,
-            self._loss,
-        ):
+        for answer in self._answers(now):
             decision = answer(now)
             if decision is not None:
                 return decision
         return Proceed(reason="; ".join(r for r in [*news, now.messages] if r), alarms=now.alarms)
+
+    def _answers(self, now: _Now) -> tuple[Callable[[_Now], Decision | None], ...]:
+        """The lines of the table in their order."""
+        weights = (self._damaged, self._runaway)
+        if now.find(*LOSS_KINDS) is None and self._episode is None:
+            weights = (self._runaway, self._damaged)  # nothing is lost yet: the milder answer first
+        rest = (self._stale, self._loss)
+        return (self._nonfinite, self._wild_rate, self._too_large, self._repeated, *weights, *rest)
 
     # -- one line of the table each --------------------------------------------------------------------
 
@@ -216,20 +212,29 @@ class Policy:
             return Watch(reason=f"{why}, and nobody can lower it here", alarms=now.alarms)
         return LowerLr(factor=rate.cut_back(lr), reason=f"{why} and stays; cut back", alarms=now.alarms)
 
+    def _too_large(self, now: _Now) -> Decision | None:
+        alarm = now.find("large_updates")
+        if alarm is None or "lower_lr" not in self.can:
+            return None
+        factor = min(max(alarm.expected / alarm.value, CHAOS_FACTOR**2), HALF)
+        if now.step <= self.config.watch_steps and self._target(1) is not None:  # so young that a new start is cheap
+            return self._go_back(now, 1, alarm.message, fatal=False, lr_factor=factor)
+        return LowerLr(factor=factor, reason=alarm.message, alarms=now.alarms)
+
     def _repeated(self, now: _Now) -> Decision | None:
         alarm = now.find("repeated_data")
         if alarm is None:
             return None
         if self._ledger.skips_left(self.config) <= 0:
             return Watch(reason=f"{alarm.message}; no skip is left in the budget", alarms=now.alarms)
-        return self._skip(now, f"{alarm.message}; not trained on again")
+        return self._skip(now, f"{alarm.message}; not trained on again", again=True)
 
     def _damaged(self, now: _Now) -> Decision | None:
         alarm, ledger = now.find("weight_jump"), self._ledger
         if alarm is None or ledger.last_mend(alarm, now.step, self.config.cool_down) is not None:
             return None
-        if now.cause == "schedule":
-            return None  # a wrong rate moves weights far: that is for the loss's answer
+        if now.cause in ("schedule", "architecture"):
+            return None  # a wrong rate moves weights far, and what scales queries and keys shows as logits
         ledger.note_mend(alarm, now.step)
         onset = max(now.step - self.config.measured_every, 1)
         if self._episode is not None:
@@ -241,7 +246,8 @@ class Policy:
         if alarm is None:
             return None
         before = ledger.last_mend(alarm, now.step, config.cool_down)
-        useless = before is not None and alarm.value >= before[1]
+        lost = self._episode is not None or now.find(*LOSS_KINDS) is not None
+        useless = before is not None and alarm.value >= before[1] and (lost or before[2] >= MAX_CLIPS)
         if not useless and "qk_clip" in self.can:
             ledger.note_mend(alarm, now.step)
             healthy = 2.0 * alarm.expected if math.isfinite(alarm.expected) else config.qk_threshold
@@ -293,10 +299,13 @@ class Policy:
 
     def _bear(self, now: _Now, episode: Episode, alarm: Alarm) -> Decision:
         """Answer one flagged step while waiting: keep an odd gradient out or small, otherwise just watch."""
-        odd = now.odd_gradient
+        odd, sound = now.odd_gradient, now.verdict is not None and now.verdict.weights == "sound"
+        if sound and episode.flagged >= ODD_IN_A_ROW and self._ledger.skips_left(self.config) > 0:
+            reason = f"{alarm.message}; odd batch {episode.flagged} in a row for sound weights"
+            return self._skip(now, reason, again=True)
         if odd is not None and self._ledger.skips_left(self.config) > 0:
-            if now.verdict is not None and now.verdict.weights == "sound":
-                return self._skip(now, f"{alarm.message}; the weights are sound, so the batch is left out")
+            if sound:
+                return self._skip(now, f"{alarm.message}; the weights are sound, so the batch is left out", again=True)
             if not now.told_apart and episode.flagged <= BLIND_SKIPS:
                 return self._skip(now, f"{alarm.message} and {odd.message}; skipped in case the batch is to blame")
         if odd is not None and math.isfinite(odd.expected) and odd.expected > 0:
@@ -387,9 +396,9 @@ class Policy:
         reason = f"{why}; going back to a checkpoint at or before step {at_most}, with new data{rate}"
         return Rollback(at_most=at_most, lr_factor=lr_factor, reason=reason, alarms=now.alarms)
 
-    def _skip(self, now: _Now, reason: str) -> Skip:
+    def _skip(self, now: _Now, reason: str, *, again: bool = False) -> Skip:
         self._ledger.skips.append(self._ledger.done)
-        return Skip(reason=reason, alarms=now.alarms)
+        return Skip(again=again, reason=reason, alarms=now.alarms)
 
     def _end_cool_down(self, step: int) -> str:
         ledger = self._ledger
@@ -412,7 +421,7 @@ class Policy:
         fatal = now.find("nonfinite") is not None
         reason = (
             f"halted at step {now.step}: {what}, bad since step {onset}. "
-            f"Tried: {self._ledger.history()}; {why}. Mend: {_mend(fatal, bool(self._ledger.tried))}."
+            f"Tried: {self._ledger.history()}; {why}. Mend: {advice(fatal, bool(self._ledger.tried))}."
         )
         return Halt(reason=reason, alarms=now.alarms)
 
@@ -428,12 +437,3 @@ class Policy:
         self._rate = Rate.of(state["rate"])
         self._rate.seam = seam
         self._episode = None if state["episode"] is None else Episode.of(state["episode"])
-
-
-def _mend(fatal: bool, came_back: bool) -> str:
-    lower = "lower the learning rate (half of it is a good first try) or lengthen the warm-up"
-    if not fatal:
-        return f"{lower}, then start again from a checkpoint well before the trouble"
-    if came_back:
-        return f"{lower}; if it stays, look for a fault in the data, the precision (fp16?) or the device"
-    return f"look at the data and the precision (fp16?) of these steps; if they are sound, {lower}"

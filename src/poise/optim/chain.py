@@ -105,6 +105,14 @@ class Chain(Optimizer):
         """
         return self._norm.norm(self._parameters()).to(torch.float32)
 
+    @torch.no_grad()
+    def measure_each(self) -> dict[int, Tensor]:
+        """Return the norm of every gradient by ``id`` of its parameter, from the same pass as ``measure``.
+
+        Empty where gradients are sharded, in 16 bits, or on several devices.
+        """
+        return self._norm.each(self._parameters())
+
     @overload
     def step(self, closure: None = None, *, max_norm: float | None = None) -> None: ...
     @overload

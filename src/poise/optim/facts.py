@@ -52,6 +52,7 @@ class NormCache:
 
     def __init__(self) -> None:
         self._norm: Tensor | None = None
+        self._each: list[Tensor] = []
         self._seen: list[tuple[TensorWeakRef, int]] = []
 
     def norm(self, params: Iterable[Tensor]) -> Tensor:
@@ -64,18 +65,35 @@ class NormCache:
         if any(grad.is_sparse for grad in grads):
             raise UserError("a gradient is sparse, which no link can handle; build the embedding with sparse=False")
         if self._norm is None or not self._same(grads):
-            self._norm = global_norm(grad.detach() for grad in grads)
+            self._each = _plain_norms(grads)
+            whole = torch.linalg.vector_norm(torch.stack(self._each)) if self._each else None
+            self._norm = global_norm(grad.detach() for grad in grads) if whole is None else whole
             self._seen = [(TensorWeakRef(grad), _version(grad)) for grad in grads]
         return self._norm
 
+    def each(self, params: Iterable[Tensor]) -> dict[int, Tensor]:
+        """Return the norm of every gradient by ``id`` of its parameter; nothing where they are sharded or mixed."""
+        held = [p for p in params if p.grad is not None]
+        self.norm(held)
+        return dict(zip(map(id, held), self._each, strict=True)) if self._each else {}
+
     def forget(self) -> None:
         """Drop the norm: the gradients were used or cleared."""
-        self._norm, self._seen = None, []
+        self._norm, self._each, self._seen = None, [], []
 
     def _same(self, grads: list[Tensor]) -> bool:
         return len(grads) == len(self._seen) and all(
             ref() is grad and version == _version(grad) for grad, (ref, version) in zip(grads, self._seen, strict=True)
         )
+
+
+def _plain_norms(grads: list[Tensor]) -> list[Tensor]:
+    """Return the norm of each of some whole tensors of one device in fp32 or fp64; nothing where they are not that."""
+    kinds = {(grad.device, grad.dtype) for grad in grads}
+    plain = len(kinds) == 1 and all(type(grad) is Tensor for grad in grads)
+    if not plain or next(iter(kinds))[1] not in (torch.float32, torch.float64):
+        return []
+    return list(torch._foreach_norm([grad.detach() for grad in grads]))
 
 
 def _version(grad: Tensor) -> int:

@@ -4,8 +4,9 @@ Each run is a folder under ``out`` and is run once: a campaign that was interrup
 with more seeds or kinds adds to it. What is scored is read from the journals, as a user would. Runs know nothing
 of the code that made them: after a change of the guard, start in a new folder.
 
-A fault counts as detected when the first alarm of severity warning or critical after its onset comes within the
-case's number of steps; alarms before the onset are false and counted apart. Time is counted in steps really done,
+A fault counts as detected when the first alarm of severity warning or critical after its onset, or the note that a
+batch was odd (all that one odd batch deserves), comes within the case's number of steps; alarms of severity warning
+or critical before the onset are false and counted apart. Time is counted in steps really done,
 so a rollback does not turn it back.
 """
 
@@ -367,7 +368,7 @@ def score(one: Plan, clean: Row | None) -> Row:
         detected=first is not None and first <= within,
         delay=first,
         alarms=tuple(dict.fromkeys(r["kind"] for r in near)),
-        early_alarms=sum(1 for _ in _alarms(before)),
+        early_alarms=sum(1 for _, r in _alarms(before) if r["severity"] != "note"),
         place=place,
         place_right=(place == expected or place.startswith(expected + ".")) if expected else None,
         cause=cause,
@@ -394,9 +395,10 @@ def _counted(records: Sequence[Record]) -> Iterator[tuple[int, Record]]:
 
 
 def _alarms(records: Sequence[Record], within: float = math.inf) -> Iterator[tuple[int, Record]]:
-    """Yield alarms that a policy may act upon, each with its delay, up to ``within`` steps."""
+    """Yield alarms that say what happened, each with its delay, up to ``within`` steps."""
     for delay, record in _counted(records):
-        if record["type"] == "event" and record["severity"] != "note" and delay <= within:
+        told = record["type"] == "event" and (record["severity"] != "note" or record["kind"] == "data_outlier")
+        if told and delay <= within:
             yield delay, record
 
 

@@ -24,8 +24,8 @@ def train_step(run: Run) -> tuple[Signals, Decision]:
             run.optimizer.step()
         case Clip(max_norm=max_norm):
             run.optimizer.step(max_norm=max_norm)
-        case Skip():
-            pass  # not called: weights and moments stay as they are; the step and its data are used up
+        case Skip(again=again):  # not called: weights and moments stay as they are; the data are used up
+            run.position.step -= again  # only the batch is to blame: this step again, with the next one
         case other:
             run.investigate_first(signals, other)
             carry_out(other, run.host)

@@ -56,10 +56,13 @@ class RepeatedData:
         self._told_all = False
         self._forgot = False
         self._newest = 0
+        self._retries = 0
+        """Steps that were taken again with the next batch: they count as steps here, as data go on."""
 
     def update(self, signals: Signals) -> Alarm | None:
         """Return an alarm if this step's data were shown before."""
-        step, mark = signals.step, signals.extra.get("fingerprint", math.nan)
+        mark = signals.extra.get("fingerprint", math.nan)
+        step = self._time(signals.step)
         self._forget_from(step)
         if not math.isfinite(mark):
             return None
@@ -82,6 +85,7 @@ class RepeatedData:
             "told_all": self._told_all,
             "forgot": self._forgot,
             "newest": self._newest,
+            "retries": self._retries,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -92,6 +96,7 @@ class RepeatedData:
         self._told_all = bool(state["told_all"])
         self._forgot = bool(state["forgot"])
         self._newest = int(state["newest"])
+        self._retries = int(state["retries"])
 
     def _judge(self, step: int, before: int, mark: float) -> Alarm | None:
         distance = step - before
@@ -118,7 +123,7 @@ class RepeatedData:
         return Alarm(
             kind="repeated_data",
             severity=severity,
-            step=step,
+            step=step - self._retries,
             signal="fingerprint",
             value=mark,
             expected=math.nan,
@@ -139,6 +144,12 @@ class RepeatedData:
                 return
             del self._seen[key]
             self._forgot = True
+
+    def _time(self, step: int) -> int:
+        """Return the step's number among all that were shown data; it goes back only where the data may have."""
+        if step + self._retries == self._newest:
+            self._retries += 1
+        return step + self._retries
 
     def _forget_from(self, step: int) -> None:
         """Drop what was seen at ``step`` or later; an earlier showing of the same input is lost with it."""

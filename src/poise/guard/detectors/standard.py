@@ -10,6 +10,7 @@ from poise.guard.detectors.entropy_collapse import EntropyCollapse
 from poise.guard.detectors.fast_spike import FastSpike
 from poise.guard.detectors.grad_runup import GradRunup
 from poise.guard.detectors.grad_spike import GradSpike
+from poise.guard.detectors.large_updates import LargeUpdates
 from poise.guard.detectors.level_shift import LevelShift
 from poise.guard.detectors.logit_growth import LogitGrowth
 from poise.guard.detectors.loss_spread import LossSpread
@@ -46,6 +47,7 @@ def standard(alarms_per_10k: float = 0.5) -> tuple[Detector, ...]:
         DataOutlier(),
         GradSpike(),
         GradRunup(alarms_per_10k=rate),
+        LargeUpdates(),
         UpdateJump(alarms_per_10k=rate),
         MomentLag(alarms_per_10k=rate),
         StaleMoment(),

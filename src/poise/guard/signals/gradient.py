@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from poise.guard.signals.places import place_of
@@ -113,16 +113,25 @@ class Parts:
         self._index: Tensor | None = None
         self._share: Tensor | None = None
 
-    def norms(self, grads: Sequence[Tensor | None], order: float = 2.0) -> Tensor:
-        """Return the norm of this rank's part of each gradient, (T,) float64 on ``device``; 0 where there is none."""
+    def norms(
+        self, grads: Sequence[Tensor | None], order: float = 2.0, known: Mapping[int, Tensor] | None = None
+    ) -> Tensor:
+        """Return the norm of this rank's part of each gradient, (T,) float64 on ``device``; 0 where there is none.
+
+        ``known`` has L2 norms that somebody has computed, by ``id`` of the parameter; used where it has them all.
+        """
         import torch
 
         there = [(number, grad) for number, grad in enumerate(grads) if grad is not None and grad.numel()]
         if not there:
             return torch.zeros(len(grads), dtype=torch.float64, device=self.device)
-        # fp32 accumulation: the norm of a bf16 tensor in bf16 has two or three digits
-        wide = {grad.dtype for _, grad in there} & {torch.float64, torch.complex128}
-        each = torch._foreach_norm([grad for _, grad in there], order, dtype=None if wide else torch.float32)
+        ids = [id(self.params[number]) for number, _ in there]
+        if known and all(one in known for one in ids):
+            each = [known[one] for one in ids]
+        else:
+            # fp32 accumulation: the norm of a bf16 tensor in bf16 has two or three digits
+            wide = {grad.dtype for _, grad in there} & {torch.float64, torch.complex128}
+            each = list(torch._foreach_norm([grad for _, grad in there], order, dtype=None if wide else torch.float32))
         found = self.gather(each)
         if len(there) == len(grads):
             return found

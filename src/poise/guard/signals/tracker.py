@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("poise")
 
-UNCHANGED: Final = 20
+UNCHANGED: Final = 100
 """Readings in a row without any change of a weight before it is said."""
 
 
@@ -52,7 +52,7 @@ class Tracker:
         model: its trainable parameters are watched.
         optimizer: any.
         norm: returns the whole gradient's L2 norm, 0-dim, if somebody has it anyway
-            (``poise.optim.chain.Chain.measure``).
+            (``poise.optim.chain.Chain.measure``, whose ``measure_each`` gives that of each tensor).
         scaler: of fp16 training. Gradients that it has not unscaled yet are read as if it had.
         beta2, eps: of the optimizer's second moment, where its groups do not say.
 
@@ -140,7 +140,8 @@ class Tracker:
             extra["loss_scale"] = scale
         grads = self._gradients()
         self._agree_on_places()
-        norms_T = self._parts.norms(grads)
+        each = getattr(self._optimizer, "measure_each", None)
+        norms_T = self._parts.norms(grads, known=None if each is None else each())
         if left is not None:
             norms_T = norms_T / left
         row = Row(self._parts.device)
