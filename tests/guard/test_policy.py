@@ -181,6 +181,16 @@ def test_the_wait_is_cut_short_when_the_loss_runs_away() -> None:
     assert action == "rollback" and 85 <= step <= 100 and rest == []
 
 
+@pytest.mark.parametrize("kind", ["slow_divergence", "chaotic"])
+def test_what_looks_hopeless_is_watched_for_a_while_all_the_same(kind: str) -> None:
+    def hopeless(step: int) -> list[Alarm]:
+        return [alarm(step, kind)] if 60 <= step < 200 else []
+
+    stays = Trainer(lambda s, t: LEVEL * 1.1 if s >= 50 and t.shown < 92 else LEVEL, [0, 40], extra_alarms=hopeless)
+    assert stays.run(91).actions() == [(90, "rollback")]
+    assert Trainer(spike(50), [0, 40], extra_alarms=lambda s: hopeless(s) if s < 90 else []).run(200).actions() == []
+
+
 def test_waiting_goes_on_while_the_loss_comes_back_sooner_than_a_rollback_would_pay() -> None:
     slow = spike(200, height=0.5, rise=10, fall=300)
     assert Trainer(slow, checkpoints=[0]).run(600).actions() == []

@@ -72,8 +72,8 @@ BLIND_SKIPS = 2
 ODD_IN_A_ROW = 2
 """One odd batch is left alone; so many in a row, with sound weights, are bad data and are left out."""
 
-HOPELESS_AFTER = 10
-"""Steps that even a loss which looks hopeless is watched first: one odd batch is no divergence."""
+EARLY = 0.4
+"""Share of ``watch_steps`` that even a loss which looks hopeless is watched first: most spikes have turned by then."""
 
 FOLLOWS = 100
 """Steps after a jump of the learning rate in which a trouble of the loss is its work."""
@@ -322,7 +322,8 @@ class Policy:
                 return ""
             return f"{episode.acted[-1].replace('_', ' ')} did not help" if episode.acted else "the loss is still up"
         hopeless, sound = now.find("slow_divergence", "chaotic"), now.verdict and now.verdict.weights == "sound"
-        if hopeless is not None and not sound and waited >= HOPELESS_AFTER:
+        turned = hopeless is not None and hopeless.kind == "slow_divergence" and episode.falling()
+        if hopeless is not None and not (sound or turned) and waited >= EARLY * config.watch_steps:
             return hopeless.message
         before = self._rate.before_jump(now.step, now.signals.lr, FOLLOWS)
         if now.cause == "schedule" and before is not None:
@@ -333,7 +334,7 @@ class Policy:
         if waited >= config.watch_steps:
             return "" if self._worth_waiting(now, episode) else f"the loss is still {damage}"
         climbing = not episode.falling() and episode.excess > 0.2 and len(episode.losses) >= 16
-        if waited >= 0.4 * config.watch_steps and climbing:
+        if waited >= EARLY * config.watch_steps and climbing:
             return f"the loss is {damage} and not on its way back"
         return ""
 
