@@ -148,10 +148,10 @@ def _healthy(campaign: Campaign) -> list[str]:
 def _legend() -> list[str]:
     return [
         "detected: an alarm of severity warning or critical, or the note of an odd batch, within 15 steps after the",
-        "detected: an alarm of severity warning or critical, or the note of an odd batch, within 15 steps after the",
-        "run of the same seed, of the faults that can be recovered from; skips: steps not taken; undone: steps that",
-        f"rollbacks undid; NaN: runs whose weights were ever not finite; training loss: mean of the last {LAST} steps",
-        "against the clean run. Shares with the 95 % interval of Wilson.",
+        "onset (high_lr: 45, for it has to warm up); delay: steps, median and range; within 1 %: final validation loss",
+        "at most 1 % above the clean run of the same seed, of the faults that can be recovered from; skips: steps not",
+        "taken; undone: steps that rollbacks undid; NaN: runs whose weights were ever not finite; training loss: mean",
+        f"of the last {LAST} steps against the clean run. Shares with the 95 % interval of Wilson.",
     ]
 
 

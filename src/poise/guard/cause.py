@@ -75,6 +75,10 @@ class Causes:
             return None
         probe = Probe.of(signals, measured, trouble)
         verdict = self._verdict(signals, now, trouble, probe)
+        bend, limit = measured.get("curvature", math.nan), measured.get("curvature_limit", math.nan)
+        if bend > limit:
+            steep = f"the curvature along the step is {bend:.3g}, above the {limit:.3g} that the step size can bear"
+            verdict = dataclasses.replace(verdict, evidence=(*verdict.evidence, steep))
         return dataclasses.replace(verdict, weights="unknown" if probe is None else probe.weights)
 
     def _verdict(self, signals: Signals, now: Sequence[Alarm], trouble: Alarm, probe: Probe | None) -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +11,24 @@ import torch
 from poise.core.host import Host
 from poise.core.types import Decision, Signals
 from poise.guard.responses.dispatch import carry_out
+from poise.guard.signals.curvature import gradient_curvature
 from poise.guard.signals.listen import floats, inner_of
 from poise.guard.signals.probe import LastBatch
+from poise.guard.signals.together import over_ranks
 from poise.guard.signals.tracker import Tracker
 from poise.guard.signals.watch import Watch, watch
-from poise.guard.signals.weights import weight_readings
+from poise.guard.signals.weights import moment_readings, weight_readings
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.amp.grad_scaler import GradScaler
     from torch.optim import Optimizer
 
+
+log = logging.getLogger("poise")
+
+BEND_EVERY = 20
+"""Steps between two measurements of the curvature in one trouble: each costs three gradients."""
 
 NO_LOSS = 0.0
 """Stands for a loss that nobody knows; no detector judges a loss of zero."""
@@ -52,6 +60,7 @@ class Loop:
         self.host = host
         self.step = 0
         self._every = every
+        self._bent = -BEND_EVERY
         self._scaler = scaler
         self._tracker = Tracker(model, optimizer, norm=getattr(optimizer, "measure", None), scaler=scaler)
         self._watch: Watch | None = watch(model, every) if every else None
@@ -79,7 +88,23 @@ class Loop:
         again = self._last.readings()
         if again:
             found |= again | self._last.sequence_losses()
-        return found | floats(weight_readings(inner_of(self.model)))
+        model = inner_of(self.model)
+        found |= floats(weight_readings(model) | moment_readings(model, self.optimizer))
+        if self.step - self._bent >= BEND_EVERY or self.step < self._bent:
+            self._bent = self.step
+            found |= self._curvature(signals.lr)
+        return over_ranks(found)
+
+    def _curvature(self, lr: float) -> dict[str, float]:
+        """The curvature along the step on the flagged batch; nothing where the loop's loss cannot be computed again."""
+        call = None if self._last is None else self._last.call()
+        if call is None or lr <= 0:
+            return {}
+        try:
+            return gradient_curvature(inner_of(self.model), call, lr, optimizer=self.optimizer)
+        except Exception as error:
+            log.warning("guard: no curvature: %s: %s", type(error).__name__, error)
+            return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step, and what the next reading compares with; JSON-able."""

@@ -74,6 +74,9 @@ class Guard:
         observer: told about every decision after it was made; it cannot change it.
         examine: takes more readings when something critical was seen.
         mode: see ``GuardConfig``.
+
+    Attributes:
+        measured: what was measured on alarm at the last step decided; empty where nothing was.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Guard:
         self._mode = mode
         self._loop: Loop | None = None
         self._decided = 0
+        self.measured: dict[str, float] = {}
 
     @classmethod
     def for_run(
@@ -135,9 +139,9 @@ class Guard:
         nothing is recorded here.
         """
         alarms = [alarm for d in self._detectors if (alarm := d.update(signals)) is not None]
-        measured: Mapping[str, float] = {}
+        self.measured = measured = {}
         if self._examine is not None and any(alarm.severity == "critical" for alarm in alarms):
-            measured = self._examine(signals)
+            self.measured = measured = dict(self._examine(signals))
             alarms += self._second_look(signals, measured)
         self._causes.see(signals.step, alarms)
         verdict = self._causes.name(signals, measured)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from poise.core.types import Batch, Decision, Proceed, QkClip, ResetMoments, Signals
+from poise.guard.signals.curvature import gradient_curvature
 from poise.guard.signals.fingerprint import combine, fingerprint
 from poise.guard.signals.listen import find_sites, floats
 from poise.guard.signals.probe import AGE, per_sequence_loss, probe
 from poise.guard.signals.together import over_ranks
 from poise.guard.signals.tracker import Tracker
-from poise.guard.signals.weights import weight_readings
+from poise.guard.signals.weights import moment_readings, weight_readings
 from poise.model.losses import LossOutput
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 ROWS = 2
 """Sequences of a micro-batch that are measured layer by layer."""
+
+BEND_EVERY = 20
+"""Steps between two measurements of the curvature in one trouble: each costs three gradients of ``ROWS`` sequences."""
 
 
 class Senses:
@@ -38,6 +42,7 @@ class Senses:
         self._log_z: list[torch.Tensor] = []
         self._prints: list[torch.Tensor] = []
         self._batch: Batch | None = None
+        self._bent = -BEND_EVERY
 
     def measures(self, step: int) -> bool:
         """Whether the layers are measured at ``step``."""
@@ -104,6 +109,13 @@ class Senses:
         losses_B = per_sequence_loss(run.model, (inputs, targets))
         if losses_B is not None:
             found |= floats({"sequence_loss_max": losses_B.amax(), "sequence_loss_median": losses_B.nanmedian()})
+        found |= floats(moment_readings(run.model, run.optimizer))
+        if signals.step - self._bent >= BEND_EVERY or signals.step < self._bent:
+            self._bent = signals.step
+            some, of_them = inputs[:ROWS], targets[:ROWS]
+            found |= gradient_curvature(
+                run.model, lambda: run.model(some, of_them).loss, max(signals.lr, 1e-12), optimizer=run.optimizer
+            )
         return over_ranks(found)
 
     def _again(self) -> dict[str, float]:

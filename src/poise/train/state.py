@@ -173,7 +173,7 @@ class Run:
             **{name: value for name, value in signals.extra.items() if "@" not in name and name not in NOT_JOURNALLED},
         )
         critical = any(alarm.severity == "critical" for alarm in decision.alarms)
-        places = {name: value for name, value in signals.extra.items() if "@" in name}
+        places = {name: value for name, value in signals.extra.items() if "@" in name} | self.guard.measured
         if places and (critical or self.senses.measures(signals.step)):
             self.journal.write("layers", step=signals.step, readings=places)
         for alarm in decision.alarms:

@@ -219,6 +219,19 @@ class LastBatch:
             return {}
         return floats({"sequence_loss_max": losses_B.amax(), "sequence_loss_median": losses_B.nanmedian()})
 
+    def call(self) -> Callable[[], Tensor] | None:
+        """Return a function that computes the loss of the batch last fed again; ``None`` where no loss is found."""
+        if self._seen is None or self._seen[1] is None:
+            return None
+        (args, kwargs), inner = self._seen[0], inner_of(self._model)
+
+        def loss() -> Tensor:
+            found = extract_loss(inner(*args, **kwargs), self._loss_of)
+            assert found is not None
+            return found
+
+        return loss
+
     def remove(self) -> None:
         """Stop listening and forget the batches."""
         self._handle.remove()
