@@ -16,8 +16,9 @@ from torch import nn
 
 from poise.core import config as configs
 from poise.core.errors import UserError
-from poise.core.types import Decision, Halt, Proceed, Rollback, Signals, Skip, Watch
+from poise.core.types import Alarm, Decision, Halt, Proceed, Rollback, Signals, Skip, Watch
 from poise.guard.config import GuardConfig, Mode
+from poise.guard.detectors.nonfinite import NonFinite
 from poise.guard.guard import Guard, TrainingHalted, build
 from poise.guard.ledger import PolicyConfig
 from poise.guard.policy import Policy
@@ -121,6 +122,20 @@ def test_modes(mode: Mode, kind: type[Decision]) -> None:
     assert type(decision) is kind
     if isinstance(decision, Watch):
         assert isinstance(decision.would, Skip) and "observing; would skip" in decision.reason
+
+
+def test_a_detector_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(NonFinite):
+        name = "broken"
+
+        def update(self, signals: Signals) -> Alarm | None:
+            raise IndexError("no such point")
+
+    guard = Guard([Broken(), NonFinite()], Policy(PolicyConfig()))
+    with caplog.at_level(logging.ERROR, "poise"):
+        assert isinstance(guard.decide(signals(1)), Proceed)
+        assert isinstance(guard.decide(signals(2, math.nan)), Skip)
+    assert caplog.text.count("detector broken failed") == 1
 
 
 def test_observing_never_acts() -> None:

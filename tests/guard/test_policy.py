@@ -164,6 +164,16 @@ def test_one_odd_step_is_left_alone() -> None:
     assert trainer.policy.state_dict()["episode"] is None
 
 
+def test_coming_back_from_a_dip_is_no_damage() -> None:
+    def dip(step: int, trainer: Trainer) -> float:
+        return 0.7 * LEVEL if 300 <= step < 320 else LEVEL
+
+    def back(step: int) -> list[Alarm]:  # the detector has learned the dip
+        return [alarm(step, "fast_spike", expected=0.7 * LEVEL)] if 320 <= step < 360 else []
+
+    assert Trainer(dip, [0, 250], extra_alarms=back).run(600).actions() == []
+
+
 def test_damage_that_stays_is_rolled_back_after_the_wait() -> None:
     def stays(step: int, trainer: Trainer) -> float:
         return LEVEL * 1.06 if step >= 50 and trainer.shown < 200 else LEVEL
@@ -332,6 +342,14 @@ def test_a_rate_that_was_used_before_is_a_restart_and_not_wild() -> None:
     assert wild(20, seen=2e-2).actions() == []
 
 
+def test_a_loss_raised_by_a_restart_of_the_schedule_is_left_alone() -> None:
+    def restart(step: int) -> list[Alarm]:
+        return [alarm(step, "lr_jump", "note", value=1e-3, expected=1e-5)] if step == 50 else []
+
+    trainer = Trainer(lambda s, t: LEVEL * 1.2 if s >= 52 else LEVEL, [0, 45], extra_alarms=restart).run(400)
+    assert trainer.actions() == []
+
+
 def test_a_new_rate_right_after_a_resume_is_wanted() -> None:
     policy = Policy(PolicyConfig())
     policy.resumed(49)
@@ -356,17 +374,42 @@ def test_runaway_logits_are_clipped_and_a_clip_that_does_not_help_is_followed_by
     assert [a for _, a in alone.log] == ["watch", "proceed"]
 
 
-def test_damaged_weights_are_restored_once() -> None:
-    jumps = lambda step: [alarm(step, "weight_jump", place="block.0")] if step in (57, 58) else []  # noqa: E731
+def test_damaged_weights_are_restored() -> None:
+    def jumps(step: int) -> list[Alarm]:
+        return [alarm(step, "weight_jump", value=0.4, expected=0.1, place="block.0")] if step in (57, 58) else []
+
     trainer = Trainer(steady, extra_alarms=jumps, checkpoints=[0, 40, 50]).run(58)
     assert trainer.actions()[0] == (57, "rollback") and trainer.asked[0] == 46
+
+
+def test_a_small_silent_change_of_weights_is_watched_and_the_second_is_undone() -> None:
+    def jumps(step: int) -> list[Alarm]:
+        return [alarm(step, "weight_jump", value=0.11, expected=0.1, place="block.0")] if step in (50, 60) else []
+
+    trainer = Trainer(steady, extra_alarms=jumps, checkpoints=[0, 40]).run(60)
+    assert [entry for entry in trainer.log if entry[1] != "proceed"] == [(50, "watch"), (60, "rollback")]
+    lost = Trainer(lambda s, t: LEVEL * 1.4 if t.shown == 50 else LEVEL, extra_alarms=jumps, checkpoints=[0, 30]).run(
+        50
+    )
+    assert lost.actions() == [(50, "rollback")]
+
+
+def test_batches_as_odd_as_the_one_before_are_left_out_also_where_nothing_is_flagged() -> None:
+    sound = Verdict("data", "measured", ("x",), weights="sound")
+
+    trainer = Trainer(
+        lambda step, t: 3.14 if 50 <= t.shown < 60 else LEVEL,
+        extra_alarms=lambda s: [alarm(s, "fast_spike", value=3.14)] if s in (50, 51) else [],
+        verdict=lambda step: sound,
+    ).run(80)
+    assert [a for _, a in trainer.actions()] == ["skip"] * 9
 
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_logits_that_were_scaled_up_are_clipped_unless_the_loss_is_lost(lost: bool) -> None:
     def both(step: int) -> list[Alarm]:
         growth = alarm(step, "logit_growth", value=120.0, expected=20.0, place="block.1")
-        return [growth, alarm(step, "weight_jump", place="block.1")] if step == 50 else []
+        return [growth, alarm(step, "weight_jump", value=0.4, expected=0.1, place="block.1")] if step == 50 else []
 
     trainer = Trainer(
         lambda step, t: LEVEL * 1.4 if lost and t.shown == 50 else LEVEL, extra_alarms=both, checkpoints=[0, 30]

@@ -19,11 +19,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(world: int) -> None:
+EVERY_KIND, EVERY_FAULT = "ddp,fsdp", "bad_gradient,bad_loss,spoilt"
+
+
+def run_ranks(world: int, kinds: str = EVERY_KIND, faults: str = EVERY_FAULT) -> None:
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT)],
+            [sys.executable, str(SCRIPT), kinds, faults],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -42,6 +45,11 @@ def run_ranks(world: int) -> None:
 @pytest.mark.dist
 def test_two_ranks_agree() -> None:
     run_ranks(2)
+
+
+@pytest.mark.dist
+def test_four_ranks_agree_on_a_bad_value_of_one() -> None:
+    run_ranks(4, "ddp", "bad_gradient,bad_loss")
 
 
 @pytest.mark.dist

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from poise.core.errors import UserError
 from poise.core.host import Host
 from poise.core.types import Decision, Signals
 from poise.guard.responses.dispatch import carry_out
@@ -32,6 +33,21 @@ BEND_EVERY = 20
 
 NO_LOSS = 0.0
 """Stands for a loss that nobody knows; no detector judges a loss of zero."""
+
+
+def check_arguments(model: object, optimizer: object) -> None:
+    """Refuse what is no model or no optimizer, and warn where they do not belong together.
+
+    Raises:
+        UserError: with what was given instead.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"Guard.for_run wants the model first, a torch.nn.Module, not a {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"Guard.for_run wants a torch.optim.Optimizer second, not a {type(optimizer).__name__}")
+    mine = {id(p) for p in model.parameters()}
+    if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        log.warning("guard: the optimizer holds no parameter of this model; is it another model's?")
 
 
 def unscale(scaler: GradScaler, optimizer: Optimizer) -> None:

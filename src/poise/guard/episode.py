@@ -26,6 +26,7 @@ class Episode:
         calm: points in a row that were not flagged.
         check_at: the step at which the last action is judged; ``None`` when nothing was done.
         acted: what was done, in order; an action that did not help is not done again.
+        odd: the loss of the last batch that was left out although the weights were sound; 0 if none was.
         losses: the last ``KEEP`` finite losses with their steps.
     """
 
@@ -35,6 +36,7 @@ class Episode:
     points: int = 0
     calm: int = 0
     check_at: int | None = None
+    odd: float = 0.0
     acted: list[str] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from poise.core.errors import UserError
@@ -99,6 +99,7 @@ class Guard:
         self._mode = mode
         self._loop: Loop | None = None
         self._decided = 0
+        self._broken: set[str] = set()
         self.measured: dict[str, float] = {}
 
     @classmethod
@@ -124,8 +125,9 @@ class Guard:
             scaler: the loop's gradient scaler. ``allows`` unscales the gradients unless ``unscale_`` was called before;
                 call ``scaler.update()`` after every step, also after one that was not allowed.
         """
-        from poise.guard.drop_in import Loop
+        from poise.guard.drop_in import Loop, check_arguments
 
+        check_arguments(model, optimizer)
         config = config or GuardConfig()
         guard = build(config, can=frozenset() if host is None else abilities(host))
         guard._loop = Loop(model, optimizer, host, scaler, every=config.every if config.enabled else 0)
@@ -138,11 +140,11 @@ class Guard:
         The alarms that led to the decision, notes included, and the verdict on their cause are in the decision;
         nothing is recorded here.
         """
-        alarms = [alarm for d in self._detectors if (alarm := d.update(signals)) is not None]
+        alarms = [alarm for d in self._detectors if (alarm := self._ask(d, signals)) is not None]
         self.measured = measured = {}
         if self._examine is not None and any(alarm.severity == "critical" for alarm in alarms):
             self.measured = measured = dict(self._examine(signals))
-            alarms += self._second_look(signals, measured)
+            alarms += self._second_look(signals, measured, {alarm.detector for alarm in alarms})
         self._causes.see(signals.step, alarms)
         verdict = self._causes.name(signals, measured)
         decision = self._answer(signals, alarms, verdict)
@@ -161,13 +163,25 @@ class Guard:
             if isinstance(detector, Expectant) and (detector.name == "weight_jump") == isinstance(decision, QkClip):
                 detector.expect_change(decision.places)
 
-    def _second_look(self, signals: Signals, measured: Mapping[str, float]) -> list[Alarm]:
+    def _second_look(self, signals: Signals, measured: Mapping[str, float], told: Set[str]) -> list[Alarm]:
         """Let the detectors that look at weights and layers judge what was measured on alarm."""
         fresh = {name: value for name, value in measured.items() if "@" in name and name not in signals.extra}
         if not fresh:
             return []
         again = dataclasses.replace(signals, extra={**signals.extra, **fresh})
-        return [a for d in self._detectors if d.name in ON_EVIDENCE and (a := d.update(again)) is not None]
+        quiet = [d for d in self._detectors if d.name in ON_EVIDENCE and d.name not in told]
+        return [alarm for d in quiet if (alarm := self._ask(d, again)) is not None]
+
+    def _ask(self, detector: Detector, signals: Signals) -> Alarm | None:
+        """Ask a detector; one that fails is left out from then on, for it must not end somebody's run."""
+        if detector.name in self._broken:
+            return None
+        try:
+            return detector.update(signals)
+        except Exception:
+            self._broken.add(detector.name)
+            log.exception("guard: detector %s failed and is not asked again", detector.name)
+            return None
 
     def _answer(self, signals: Signals, alarms: Sequence[Alarm], verdict: Verdict | None) -> Decision:
         if self._policy is None:

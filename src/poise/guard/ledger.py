@@ -13,6 +13,12 @@ from poise.core.types import Alarm
 MEND_MEMORY = 100
 """Steps after which the same mend at the same place counts as the first again."""
 
+SMOOTH = 0.9
+MARK_EVERY, MARKS = 25, 8
+"""The smoothed loss is kept every so many steps, so many times."""
+
+FLAT, DIP = 1.05, 0.9
+
 MAX_TRIES = 2
 """Rollbacks for one trouble: the first, and one checkpoint further."""
 
@@ -71,6 +77,7 @@ class Ledger:
         tried: the checkpoints that this trouble went back to.
         cool_until: last step of the cool-down.
         mended: "kind@place" -> [step, reading, how many in a row] of the last mend.
+        smooth, marks: smoothed loss of the steps that were not flagged, and what it was every ``MARK_EVERY`` of them.
     """
 
     done: int = 0
@@ -83,6 +90,25 @@ class Ledger:
     tried: list[int] = field(default_factory=list)
     cool_until: int = 0
     mended: dict[str, list[float]] = field(default_factory=dict)
+    smooth: float = 0.0
+    marks: list[float] = field(default_factory=list)
+
+    def see_loss(self, loss: float, flagged: bool) -> None:
+        """Take in a step's loss unless it was flagged."""
+        if not flagged and math.isfinite(loss):
+            self.smooth = loss if self.smooth == 0.0 else SMOOTH * self.smooth + (1.0 - SMOOTH) * loss
+            if self.done % MARK_EVERY == 0:
+                self.marks = [*self.marks, self.smooth][-MARKS:]
+
+    def level(self, level: float) -> float:
+        """Return the level to which a loss has to come back.
+
+        It is ``level``, unless the loss has just dipped below a long flat stretch (easy or repeated data): coming back
+        from there is no damage.
+        """
+        older = self.marks[: MARKS // 2]
+        flat = len(self.marks) == MARKS and max(older) <= FLAT * min(older)
+        return min(older) if flat and level < DIP * min(older) else level
 
     def learn_outcome(self, step: int) -> bool:
         """See by the number of this step what became of the last rollback; whether the run went back."""

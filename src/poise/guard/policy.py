@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from poise.core.types import (
@@ -46,19 +45,17 @@ from poise.core.types import (
     Rollback,
     Signals,
     Skip,
-    Verdict,
     Watch,
 )
 from poise.guard.episode import Episode
 from poise.guard.ladder import ORDER, advice
 from poise.guard.ledger import MAX_TRIES, Ledger, PolicyConfig, count
+from poise.guard.now import LOSS_KINDS, Now
 from poise.guard.rate import Rate
 
 ABILITIES = frozenset({"rollback", "lower_lr", "reset_moments", "qk_clip", "raise_precision"})
 """What a host may be asked for."""
 
-LOSS_KINDS = frozenset({"fast_spike", "slow_divergence", "chaotic"})
-ODD_GRADIENT = frozenset({"grad_spike", "grad_runup"})
 HALF = 0.5
 CHAOS_FACTOR = 0.1
 """Share of the learning rate to go on with where the loss was chaotic: the rate was far off, not a little."""
@@ -77,40 +74,6 @@ EARLY = 0.4
 
 FOLLOWS = 100
 """Steps after a jump of the learning rate in which a trouble of the loss is its work."""
-
-
-@dataclass(frozen=True)
-class _Now:
-    """A step as the policy sees it."""
-
-    signals: Signals
-    alarms: tuple[Alarm, ...]
-    verdict: Verdict | None
-
-    @property
-    def step(self) -> int:
-        return self.signals.step
-
-    @property
-    def cause(self) -> str:
-        return "unknown" if self.verdict is None else self.verdict.cause
-
-    @property
-    def told_apart(self) -> bool:
-        """Whether an experiment has told an odd batch from odd weights."""
-        return self.verdict is not None and self.verdict.weights != "unknown"
-
-    @property
-    def odd_gradient(self) -> Alarm | None:
-        return next((a for a in self.alarms if a.kind in ODD_GRADIENT), None)
-
-    @property
-    def messages(self) -> str:
-        return "; ".join(alarm.message for alarm in self.alarms)
-
-    def find(self, *kinds: str) -> Alarm | None:
-        """The first critical alarm of one of ``kinds``."""
-        return next((a for a in self.alarms if a.severity == "critical" and a.kind in kinds), None)
 
 
 class Policy:
@@ -146,7 +109,7 @@ class Policy:
 
     def decide(self, signals: Signals, alarms: Sequence[Alarm], verdict: Verdict | None = None) -> Decision:
         """Return what to do about a step, given the alarms it raised. Call it once for every step."""
-        now = _Now(signals, tuple(alarms), verdict)
+        now = Now(signals, tuple(alarms), verdict)
         self._ledger.done += 1
         if self._ledger.learn_outcome(now.step):
             self._episode = None
@@ -154,6 +117,7 @@ class Policy:
         if back is not None:
             why = "the learning rate fell: its jump is over, so the cut that answered it is taken back"
             return LowerLr(factor=back, reason=why, alarms=now.alarms)
+        self._ledger.see_loss(signals.loss, flagged=now.find("nonfinite", *LOSS_KINDS) is not None)
         news = [self._end_cool_down(now.step), self._end_streak(now)]
         for answer in self._answers(now):
             decision = answer(now)
@@ -161,7 +125,7 @@ class Policy:
                 return decision
         return Proceed(reason="; ".join(r for r in [*news, now.messages] if r), alarms=now.alarms)
 
-    def _answers(self, now: _Now) -> tuple[Callable[[_Now], Decision | None], ...]:
+    def _answers(self, now: Now) -> tuple[Callable[[Now], Decision | None], ...]:
         """The lines of the table in their order."""
         weights = (self._damaged, self._runaway)
         if now.find(*LOSS_KINDS) is None and self._episode is None:
@@ -171,7 +135,7 @@ class Policy:
 
     # -- one line of the table each --------------------------------------------------------------------
 
-    def _nonfinite(self, now: _Now) -> Decision | None:
+    def _nonfinite(self, now: Now) -> Decision | None:
         alarm, ledger, config = now.find("nonfinite"), self._ledger, self.config
         if alarm is None:
             return None
@@ -200,7 +164,7 @@ class Policy:
             return RaisePrecision(places=(place,), reason=why, alarms=now.alarms)
         return self._go_back(now, ledger.onset, alarm.message, fatal=True)
 
-    def _wild_rate(self, now: _Now) -> Decision | None:
+    def _wild_rate(self, now: Now) -> Decision | None:
         lr, rate = now.signals.lr, self._rate
         if not rate.wild(now.step, lr):
             return None
@@ -212,7 +176,7 @@ class Policy:
             return Watch(reason=f"{why}, and nobody can lower it here", alarms=now.alarms)
         return LowerLr(factor=rate.cut_back(lr), reason=f"{why} and stays; cut back", alarms=now.alarms)
 
-    def _too_large(self, now: _Now) -> Decision | None:
+    def _too_large(self, now: Now) -> Decision | None:
         alarm = now.find("large_updates")
         if alarm is None or "lower_lr" not in self.can:
             return None
@@ -221,7 +185,7 @@ class Policy:
             return self._go_back(now, 1, alarm.message, fatal=False, lr_factor=factor)
         return LowerLr(factor=factor, reason=alarm.message, alarms=now.alarms)
 
-    def _repeated(self, now: _Now) -> Decision | None:
+    def _repeated(self, now: Now) -> Decision | None:
         alarm = now.find("repeated_data")
         if alarm is None:
             return None
@@ -229,19 +193,24 @@ class Policy:
             return Watch(reason=f"{alarm.message}; no skip is left in the budget", alarms=now.alarms)
         return self._skip(now, f"{alarm.message}; not trained on again", again=True)
 
-    def _damaged(self, now: _Now) -> Decision | None:
+    def _damaged(self, now: Now) -> Decision | None:
         alarm, ledger = now.find("weight_jump"), self._ledger
-        if alarm is None or ledger.last_mend(alarm, now.step, self.config.cool_down) is not None:
-            return None
-        if now.cause in ("schedule", "architecture"):
+        if alarm is None or now.cause in ("schedule", "architecture"):
             return None  # a wrong rate moves weights far, and what scales queries and keys shows as logits
+        before = ledger.last_mend(alarm, now.step, self.config.cool_down)
+        times = 0 if before is None else before[2]
+        if times >= MAX_TRIES:
+            return None
         ledger.note_mend(alarm, now.step)
+        small = 0.5 < alarm.value / alarm.expected < 2.0 if alarm.expected > 0 else False
+        if small and times == 0 and self._episode is None and now.find(*LOSS_KINDS) is None:
+            return Watch(reason=f"{alarm.message}; the loss is sound, so it is watched", alarms=now.alarms)
         onset = max(now.step - self.config.measured_every, 1)
         if self._episode is not None:
             onset = min(onset, self._episode.onset)
         return self._go_back(now, onset, alarm.message, fatal=False)
 
-    def _runaway(self, now: _Now) -> Decision | None:
+    def _runaway(self, now: Now) -> Decision | None:
         alarm, ledger, config = now.find("logit_growth"), self._ledger, self.config
         if alarm is None:
             return None
@@ -264,7 +233,7 @@ class Policy:
         why = "nobody can clip its weights here; use QK-norm or a lower learning rate"
         return Watch(reason=f"{alarm.message}; {why}", alarms=now.alarms)
 
-    def _stale(self, now: _Now) -> Decision | None:
+    def _stale(self, now: Now) -> Decision | None:
         alarm, ledger = now.find("stale_moment"), self._ledger
         if alarm is None or "reset_moments" not in self.can:
             return None
@@ -276,7 +245,7 @@ class Policy:
 
     # -- the loss --------------------------------------------------------------------------------------
 
-    def _loss(self, now: _Now) -> Decision | None:
+    def _loss(self, now: Now) -> Decision | None:
         alarm = now.find(*LOSS_KINDS)
         if self._episode is not None and now.step < self._episode.onset:
             self._episode = None  # somebody else went back
@@ -284,7 +253,7 @@ class Policy:
             if alarm is None:
                 return None
             level = alarm.expected if math.isfinite(alarm.expected) and alarm.expected > 0 else now.signals.loss
-            self._episode = Episode(onset=now.step, level=level)
+            self._episode = Episode(onset=now.step, level=self._ledger.level(level))
         episode = self._episode
         episode.see(now.step, now.signals.loss, flagged=alarm is not None)
         if episode.over(self.config.lasting):
@@ -292,15 +261,19 @@ class Policy:
             done = f"after {episode.acted[-1].replace('_', ' ')}" if episode.acted else "nothing had to be done"
             after = f"{now.step - episode.onset} steps after step {episode.onset}"
             return Proceed(reason=f"the loss is back {after}; {done}", alarms=now.alarms)
+        as_odd = episode.odd > 0 and now.signals.loss > 0.5 * (episode.level + episode.odd)
+        if alarm is None and as_odd and self._ledger.skips_left(self.config) > 0:
+            return self._skip(now, f"loss {now.signals.loss:.4g}: as odd as the batch before it", again=True)
         due = self._action_due(now, episode)
         if due:
             return self._act(now, episode, due)
         return None if alarm is None else self._bear(now, episode, alarm)
 
-    def _bear(self, now: _Now, episode: Episode, alarm: Alarm) -> Decision:
+    def _bear(self, now: Now, episode: Episode, alarm: Alarm) -> Decision:
         """Answer one flagged step while waiting: keep an odd gradient out or small, otherwise just watch."""
         odd, sound = now.odd_gradient, now.verdict is not None and now.verdict.weights == "sound"
         if sound and episode.flagged >= ODD_IN_A_ROW and self._ledger.skips_left(self.config) > 0:
+            episode.odd = now.signals.loss
             reason = f"{alarm.message}; odd batch {episode.flagged} in a row for sound weights"
             return self._skip(now, reason, again=True)
         if odd is not None and self._ledger.skips_left(self.config) > 0:
@@ -313,7 +286,7 @@ class Policy:
             return Clip(max_norm=odd.expected, reason=reason, alarms=now.alarms)
         return Watch(reason=f"{alarm.message}; watched since step {episode.onset}", alarms=now.alarms)
 
-    def _action_due(self, now: _Now, episode: Episode) -> str:
+    def _action_due(self, now: Now, episode: Episode) -> str:
         """Say why waiting is over; empty while it is not."""
         config, waited = self.config, now.step - episode.onset
         if episode.check_at is not None:
@@ -321,6 +294,9 @@ class Policy:
             if now.step < episode.check_at or good:
                 return ""
             return f"{episode.acted[-1].replace('_', ' ')} did not help" if episode.acted else "the loss is still up"
+        restart = self._rate.restart
+        if restart >= 0 and 0 <= episode.onset - restart <= FOLLOWS:
+            return ""  # raised by a restart of the schedule, which somebody wanted
         hopeless, sound = now.find("slow_divergence", "chaotic"), now.verdict and now.verdict.weights == "sound"
         turned = hopeless is not None and hopeless.kind == "slow_divergence" and episode.falling()
         if hopeless is not None and not (sound or turned) and waited >= EARLY * config.watch_steps:
@@ -338,14 +314,14 @@ class Policy:
             return f"the loss is {damage} and not on its way back"
         return ""
 
-    def _worth_waiting(self, now: _Now, episode: Episode) -> bool:
+    def _worth_waiting(self, now: Now, episode: Episode) -> bool:
         """Whether the loss will be back before a rollback would have made up its own cost."""
         checkpoint = self._target(episode.onset)
         cost = self.config.watch_steps if checkpoint is None else now.step - checkpoint
         waited = now.step - episode.onset
         return waited < 3 * self.config.watch_steps and episode.steps_to_level() < cost
 
-    def _act(self, now: _Now, episode: Episode, why: str) -> Decision:
+    def _act(self, now: Now, episode: Episode, why: str) -> Decision:
         """Do the first thing that fits the cause, that the host can do, and that has not failed before."""
         episode.check_at = now.step + self.config.check_steps
         if self._observing and episode.acted:
@@ -367,7 +343,7 @@ class Policy:
             return self._halt(now, why, episode.onset, "it came back each time")
         return Watch(reason=f"{why}; nothing is left to try, so it is let through", alarms=now.alarms)
 
-    def _lr_factor(self, now: _Now) -> float:
+    def _lr_factor(self, now: Now) -> float:
         """Share of the rate to go on with: what it was before a jump, half where going back did not help before."""
         before = self._rate.before_jump(now.step, now.signals.lr, FOLLOWS)
         if before is not None:
@@ -381,7 +357,7 @@ class Policy:
     def _target(self, onset: int) -> int | None:
         return self._ledger.target(onset, self.config, self._checkpoint) if "rollback" in self.can else None
 
-    def _go_back(self, now: _Now, onset: int, why: str, *, fatal: bool, lr_factor: float = 1.0) -> Decision:
+    def _go_back(self, now: Now, onset: int, why: str, *, fatal: bool, lr_factor: float = 1.0) -> Decision:
         ledger = self._ledger
         if self._target(onset) is None:
             if not fatal:
@@ -397,7 +373,7 @@ class Policy:
         reason = f"{why}; going back to a checkpoint at or before step {at_most}, with new data{rate}"
         return Rollback(at_most=at_most, lr_factor=lr_factor, reason=reason, alarms=now.alarms)
 
-    def _skip(self, now: _Now, reason: str, *, again: bool = False) -> Skip:
+    def _skip(self, now: Now, reason: str, *, again: bool = False) -> Skip:
         self._ledger.skips.append(self._ledger.done)
         return Skip(again=again, reason=reason, alarms=now.alarms)
 
@@ -408,7 +384,7 @@ class Policy:
         gone, ledger.tried = ledger.tried[-1], []
         return f"the rollback to step {gone} helped: {self.config.cool_down} steps without the trouble"
 
-    def _end_streak(self, now: _Now) -> str:
+    def _end_streak(self, now: Now) -> str:
         ledger = self._ledger
         if now.find("nonfinite") is not None:
             return ""
@@ -418,7 +394,7 @@ class Policy:
             ledger.refused = False
         return ended
 
-    def _halt(self, now: _Now, what: str, onset: int, why: str) -> Halt:
+    def _halt(self, now: Now, what: str, onset: int, why: str) -> Halt:
         fatal = now.find("nonfinite") is not None
         reason = (
             f"halted at step {now.step}: {what}, bad since step {onset}. "

@@ -33,6 +33,7 @@ class Rate:
         highest: the highest rate of a step that was no jump.
         jump: [step, rate before, rate after] of the last jump.
         cut: what the rate was multiplied by because of it; 1 when nothing was done.
+        restart: the step at which the schedule last went back up to a rate used before; -1 for never.
         seam: where this process took the run up; not part of the state.
     """
 
@@ -40,12 +41,15 @@ class Rate:
     highest: float = 0.0
     jump: list[float] = field(default_factory=list)
     cut: float = 1.0
+    restart: int = -1
     seam: int = -SEAM
 
     def see(self, step: int, lr: float, alarms: Sequence[Alarm]) -> float | None:
         """Take in a step's rate; return by how much to multiply it now that a fault is over, else ``None``."""
         found = next((a for a in alarms if a.kind == "lr_jump" and a.severity != "note"), None)
         before, self.last = self.last, lr
+        if any(a.kind == "lr_jump" and a.severity == "note" and a.value > a.expected for a in alarms):
+            self.restart = step
         if found is not None:
             self.jump = [step, found.expected, found.value]
         elif not self.in_force(step, lr):

@@ -38,6 +38,7 @@ log = logging.getLogger("poise")
 LEARNING = 20
 """Steps before the loss rules judge at all."""
 
+CLEARLY = 1.2
 NOT_JOURNALLED = frozenset({"first_loss"})
 SAME_TROUBLE = 20
 """Steps within which the same verdict is about the same trouble."""
@@ -210,7 +211,9 @@ class Run:
         if self.recipe.guard.investigate and isinstance(decision, Rollback):
             onset = decision.at_most + 1
             alarm = next((a for a in decision.alarms if a.signal == "loss" and math.isfinite(a.expected)), None)
-            self.investigate(onset, alarm.expected if alarm is not None else signals.loss)
+            usual = self.position.smooth if self.position.smooth is not None else signals.loss
+            # Where the loss itself raised no alarm, only a loss clearly above the usual counts as its spike.
+            self.investigate(onset, alarm.expected if alarm is not None else CLEARLY * usual)
 
     def investigate(self, event_step: int, level: float) -> Verdict:
         """Find by experiment what caused the trouble at ``event_step``; the verdict goes into the journal.

@@ -1,6 +1,6 @@
 """One of several ranks: DDP or FSDP2, one rank sees a bad value, all ranks have to give the same answer.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python guarded_ranks.py
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python guarded_ranks.py ddp,fsdp bad_gradient,bad_loss,spoilt
 
 ``bad_gradient``: NaN in one element of the last rank's shard of a gradient. ``bad_loss``: that rank's loss is NaN.
 ``spoilt``: a weight becomes NaN between two steps, so that all ranks have to go back to a copy in memory.
@@ -99,8 +99,9 @@ def check(kind, fault):
 def main():
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    for kind in ("ddp", "fsdp"):
-        for fault in ("bad_gradient", "bad_loss", "spoilt"):
+    kinds, faults = (argument.split(",") for argument in sys.argv[1:3])
+    for kind in kinds:
+        for fault in faults:
             check(kind, fault)
     distributed.barrier()
     sys.stdout.flush()

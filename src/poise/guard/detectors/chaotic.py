@@ -6,13 +6,14 @@ Two signs:
               A loss above its start L_0 (the larger of the first two) is worse than knowing nothing. A jump of a third
               for a few steps, settling by itself, is harmless and common where the warm-up is short. Alarm where
               e = ln(loss / L_0) exceeds ln 2 at one step, or where e > ``slack`` and the sum of e - ``slack`` over
-              steps, which stays at 0 or above, exceeds ``budget``
+              steps, which stays at 0 or above, exceeds ``budget``; in both cases only if e is also above 4 robust
+              deviations of neighbouring points, so that a loss of small batches is not taken for chaos
     erratic   over the last ``window`` steps the robust deviation of ln loss between neighbouring points exceeds
               ``spread``, five times the calmest so far, and the median loss is a fifth above the lowest median
               so far
 
 Source: the two signs are read off runs whose learning rate was up to 100 times too high; no paper.
-Acts: from the third step on, as long as it holds. Cost: about 3 microseconds.
+Acts: from the eighth point on, as long as it holds. Cost: about 3 microseconds.
 Switch off: leave it out of the guard's detectors.
 """
 
@@ -31,12 +32,16 @@ CARD = Card(
     title="Erratic loss far above where it should be",
     citation="no paper; the loss of an untrained model is ln V",
     formula="ln(loss / start) > ln 2, or its summed excess over 0.1 > 1.5; or deviation > 8 % and 20 % above best",
-    acts="from the third step on, while it holds",
+    acts="from the eighth point on, while it holds",
     cost="about 3 microseconds a step",
     off="guard.enabled = false",
 )
 
 MIN_POINTS = 12
+FEWEST = 6
+"""Changes that have to be known before a loss above its start can be told from noise."""
+
+NOISES = 4.0
 MAX_GAP = 5
 """A logged point stands for at most so many steps of excess."""
 
@@ -85,7 +90,8 @@ class Chaotic:
         above = x - self._start
         self._excess = max(self._excess + gap * (above - self.slack), 0.0)
         erratic = self._is_erratic()
-        if above > math.log(2.0) or (above > self.slack and self._excess > self.budget):
+        noise = NOISES * self._noise()
+        if above > max(math.log(2.0), noise) or (above > max(self.slack, noise) and self._excess > self.budget):
             return self._alarm(signals, self._start, "it has been above where the run began")
         if erratic:
             assert self._best is not None
@@ -115,6 +121,12 @@ class Chaotic:
         self._best = state["best"]
         self._calmest = state["calmest"]
         self._last = None if state["last"] is None else (int(state["last"][0]), float(state["last"][1]))
+
+    def _noise(self) -> float:
+        """Return the robust deviation of neighbouring points; infinite while too few are known to tell."""
+        if len(self._changes) < FEWEST:
+            return math.inf
+        return MAD_TO_SIGMA * self._changes.median / math.sqrt(2)
 
     def _is_erratic(self) -> bool:
         if len(self._changes) < MIN_POINTS:

@@ -6,7 +6,8 @@ Formula: expected = lr + max(lr - lr before, 0) per step, the straight line thro
 
 A linear warm-up from 1/N doubles at its second step and is on its line from the third; two rates have to be known.
 Coming back to a rate held within the last 100 steps (after one step at another rate, or a short re-warm-up) is no
-jump. A drop to exactly 0 that the line does not lead to is a note.
+jump; coming back to a rate that the run used before that (a restart of the schedule) is a note. A drop to exactly 0
+that the line does not lead to is a note.
 Source: own; a resume with the wrong schedule and a changed batch size show like this. Differs: nothing published.
 Acts: every step once two rates are known; each jump once. A rate that came by a jump is not learned for 100 steps.
 Cost: none. Switch off: leave it out of the guard's detectors.
@@ -46,6 +47,8 @@ class LrJump:
         self._window = window
         self._last: deque[tuple[int, float]] = deque(maxlen=3)
         self._rates: deque[tuple[int, float]] = deque()
+        self._used = 0.0
+        """The highest rate of the run that came without a jump."""
         self._jump: tuple[int, float] | None = None
         """Step of the last jump, and the rate there should have been."""
 
@@ -64,14 +67,20 @@ class LrJump:
             self._jump = None
         if expected is None:
             self._rates.append((step, lr))
+            self._used = max(self._used, lr)
             return None
         line, before = expected
         if before > 0.0 and lr >= self._factor * max(line, before) and lr > 1.05 * highest:
+            times = f"{lr / max(line, before):.2g} times its course"
+            if lr <= 1.05 * self._used:
+                self._rates.append((step, lr))
+                message = f"the learning rate went back to {lr:.3g}, {times}: a rate used before, so a restart"
+                return self._alarm("note", step, lr, max(line, before), message)
             self._jump = (step, max(line, before))
-            message = f"the learning rate jumped to {lr:.3g}, {lr / self._jump[1]:.2g} times its course"
-            return self._alarm("warning", step, lr, self._jump[1], message)
+            return self._alarm("warning", step, lr, self._jump[1], f"the learning rate jumped to {lr:.3g}, {times}")
         if self._jump is None or lr <= 1.25 * self._jump[1]:
             self._rates.append((step, lr))
+            self._used = max(self._used, lr)
         if lr == 0.0 and before > 0.0 and line > 0.5 * before and before > 0.01 * highest:
             return self._alarm("note", step, lr, line, f"the learning rate fell from {before:.3g} to 0")
         return None
@@ -82,6 +91,7 @@ class LrJump:
             "last": [list(point) for point in self._last],
             "rates": [list(point) for point in self._rates],
             "jump": None if self._jump is None else list(self._jump),
+            "used": self._used,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -89,6 +99,8 @@ class LrJump:
         self._last = deque(((int(step), float(lr)) for step, lr in state["last"]), maxlen=3)
         self._rates = deque((int(step), float(lr)) for step, lr in state["rates"])
         self._jump = None if state["jump"] is None else (int(state["jump"][0]), float(state["jump"][1]))
+
+        self._used = float(state["used"])
 
     def _expected(self, step: int) -> tuple[float, float] | None:
         """Return the rate on the line through the last two, and the last; ``None`` before there are two."""

@@ -71,7 +71,7 @@ class SlowDivergence:
         step, x = signals.step, math.log(signals.loss)
         self._learn(step, x)
         newest, *_, oldest = self._blocks
-        if len(oldest) < MIN_POINTS or len(self._changes) < 2 * MIN_POINTS:
+        if any(len(block) < MIN_POINTS for block in self._blocks) or len(self._changes) < 2 * MIN_POINTS:
             return None
         sigma = MAD_TO_SIGMA * self._changes.median / math.sqrt(2) + TINY
         short, noise = newest.median, 1.25 * sigma / math.sqrt(len(newest))

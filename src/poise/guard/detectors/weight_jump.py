@@ -6,8 +6,10 @@ measurements, times the travel since. Critical when
 
     c > max(ln 1.04, 4 usual)  for the RMS,        c > max(ln 2, 4 usual)  for the maximum,
 
-once 3 changes are known. Before that, when the RMS changed by more than 3 (median update_rms) (steps) and 5 %: by the
-triangle inequality no series of updates of that size goes further. A value that is not finite where there was a
+once 3 changes are known, and where ``update_rms`` of the place is known, only if the RMS also changed by more than
+3 (median update_rms) (steps) + 5 %, the maximum by more than 50 (median update_rms) (steps) + 5 %: by the triangle
+inequality no series of updates of that size goes further (a single element may go further than the RMS). Before 3
+changes are known the second condition alone decides, for the RMS. A value that is not finite where there was a
 finite one is always an alarm.
 Source: own; weights are sums of small updates and drift smoothly (triangle inequality). A flipped exponent bit
 multiplies one weight by a power of two of up to 2^128; a scaled or half-loaded layer moves the RMS.
@@ -46,6 +48,7 @@ KEEP: Final = 8
 FEWEST_CHANGES: Final = 3
 TIMES: Final = 4.0
 BOUND: Final = 3.0
+MAX_BOUND: Final = 50.0
 
 
 class Point(NamedTuple):
@@ -189,14 +192,15 @@ class WeightJump:
         points = self._points[reading][place]
         size = abs(change) if reading == "weight_rms" else max(change, 0.0)
         rates = [point.rate for point in points if point.rate is not None]
-        if len(rates) >= FEWEST_CHANGES:
-            return size / max(self._floors[reading], TIMES * max(rates) * travel)
         updates = [rms for s, rms in self._updates.get(place, ()) if s > points[-1].step]
-        if reading == "weight_max" or not updates:
-            return 0.0
-        before = points[-1].value
-        allowed = BOUND * median(updates) * (step - points[-1].step)
-        return abs(value - before) / (allowed + 0.05 * before)
+        beyond = math.inf
+        if updates:
+            times = BOUND if reading == "weight_rms" else MAX_BOUND
+            allowed = times * median(updates) * (step - points[-1].step)
+            beyond = abs(value - points[-1].value) / (allowed + 0.05 * points[-1].value)
+        if len(rates) >= FEWEST_CHANGES:
+            return min(size / max(self._floors[reading], TIMES * max(rates) * travel), beyond)
+        return beyond if updates and reading == "weight_rms" else 0.0
 
     def _advance(self, step: int, lr: float) -> None:
         """Add the learning rates of the steps since the last call; without any, steps count as equal."""

@@ -1,0 +1,7 @@
+"""``python -m poise``."""
+
+import sys
+
+from poise.cli.main import main
+
+sys.exit(main())
