@@ -147,6 +147,20 @@ def test_damaged_weights_and_odd_batches_are_told_apart() -> None:
     assert losses["sequence_loss_median"] == pytest.approx(float(expected.median()))
 
 
+def test_a_model_that_returns_logits_is_judged_by_the_next_tokens() -> None:
+    model = Small("logits", dropout=0.0).eval().train()
+    model.norm.eval()  # so that a forward of two sequences is the same alone
+    last, (inputs, targets) = LastBatch(model, age=0), ids()
+    F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+    last.accept()
+    logits = model(inputs[:2])[:, :-1].flatten(0, 1)
+    expected = float(F.cross_entropy(logits, inputs[:2, 1:].flatten()).detach())
+    assert last.readings() == {"probe_expected": pytest.approx(expected), "probe_loss": pytest.approx(expected)}
+    with torch.no_grad():
+        model.head.weight.mul_(5.0)
+    assert last.readings()["probe_loss"] > expected + 0.1
+
+
 def test_the_batch_kept_is_some_steps_old() -> None:
     model = Small(dropout=0.0)
     last, expected = LastBatch(model, age=4), []
@@ -177,9 +191,9 @@ def test_a_loop_that_refills_its_buffers_and_evaluates_in_between() -> None:
 
 
 def test_what_cannot_be_probed_is_not(caplog: pytest.LogCaptureFixture) -> None:
-    logits_only = Small("logits")
-    last = LastBatch(logits_only, age=0)
-    logits_only(*ids())
+    nameless = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    last = LastBatch(nameless, age=0)
+    nameless(torch.randn(3, 4))
     last.accept()
     assert last.probe() is None and last.readings() == {}
     with caplog.at_level(logging.WARNING, "poise"):

@@ -77,6 +77,7 @@ class Loop:
         self.step = 0
         self._every = every
         self._bent = -BEND_EVERY
+        self._told_zero = False
         self._scaler = scaler
         self._tracker = Tracker(model, optimizer, norm=getattr(optimizer, "measure", None), scaler=scaler)
         self._watch: Watch | None = watch(model, every) if every else None
@@ -94,7 +95,11 @@ class Loop:
             extra |= {name: value for name, value in layers.items() if name != "loss"}
             if self.step % self._every == 1 % self._every:
                 extra |= weight_readings(self.model)
-        return self._tracker.read([NO_LOSS if loss is None else loss], self.step, lr, extra=extra, token=token)
+        signals = self._tracker.read([NO_LOSS if loss is None else loss], self.step, lr, extra=extra, token=token)
+        if signals.grad_norm == 0.0 and not self._told_zero:
+            self._told_zero = True
+            log.warning("guard, step %d: every gradient is zero: was zero_grad() called before the guard?", self.step)
+        return signals
 
     def examine(self, signals: Signals) -> Mapping[str, float]:
         """Take more readings of a step that raised an alarm."""

@@ -56,6 +56,9 @@ log = logging.getLogger("poise")
 
 STATE_FORMAT = 2
 
+REMIND = 20
+"""Steps between two lines in the log about the same thing that goes on."""
+
 Observer = Callable[[Signals, Decision], None]
 Examine = Callable[[Signals], Mapping[str, float]]
 """Takes more readings of a step that raised an alarm; called on all ranks, before the optimizer."""
@@ -100,6 +103,7 @@ class Guard:
         self._loop: Loop | None = None
         self._decided = 0
         self._broken: set[str] = set()
+        self._said = ("", 0)
         self.measured: dict[str, float] = {}
 
     @classmethod
@@ -151,11 +155,18 @@ class Guard:
         if isinstance(decision, QkClip | ResetMoments):
             self._expect_change(decision)
         if isinstance(decision, Proceed) and any(alarm.severity == "critical" for alarm in alarms):
-            log.warning("guard, step %d: %s", signals.step, decision.reason)  # doing nothing is never silent
+            self._say(signals.step, decision)  # doing nothing is never silent
         self._decided = zlib.crc32(f"{self._decided} {signals.step} {decision.action}".encode()) & 0xFFFFFF
         if self._observer is not None:
             self._observer(signals, decision)
         return decision
+
+    def _say(self, step: int, decision: Decision) -> None:
+        """Log a decision: each new one, and one that goes on every ``REMIND`` steps."""
+        action, since = self._said
+        if decision.action != action or not 0 <= step - since < REMIND:
+            self._said = (decision.action, step)
+            log.warning("guard, step %d: %s: %s", step, decision.action, decision.reason)
 
     def _expect_change(self, decision: QkClip | ResetMoments) -> None:
         """Tell the detectors that weights or moments of some places are about to be set on purpose."""
@@ -195,7 +206,8 @@ class Guard:
         if self._mode == "halt" and (fatal or not isinstance(decision, Skip | Clip)):
             reason = f"halted at step {signals.step}, as guard.mode = halt asks: {decision.reason}"
             return Halt(reason=reason, alarms=decision.alarms, verdict=verdict)
-        reason = f"observing; would {decision.action.replace('_', ' ')}: {decision.reason}"
+        how = "observing" if self._mode == "observe" else "guard.mode = halt repairs nothing"
+        reason = f"{how}; would {decision.action.replace('_', ' ')}: {decision.reason}"
         return Watch(would=decision, reason=reason, alarms=decision.alarms, verdict=verdict)
 
     @property
@@ -237,11 +249,11 @@ class Guard:
                     self._loop.accept()
                 return True
             case Clip(max_norm=max_norm):
-                log.warning("guard, step %d: %s", self._loop.step, decision.reason)
+                self._say(self._loop.step, decision)
                 self._loop.clip(max_norm)
                 return True
             case Skip():
-                log.warning("guard, step %d: %s", self._loop.step, decision.reason)
+                self._say(self._loop.step, decision)
                 return False
             case Rollback() | Halt() if self._loop.host is None:
                 raise TrainingHalted(decision.reason)

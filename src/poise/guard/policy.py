@@ -45,6 +45,7 @@ from poise.core.types import (
     Rollback,
     Signals,
     Skip,
+    Verdict,
     Watch,
 )
 from poise.guard.episode import Episode

@@ -209,7 +209,8 @@ class Run:
     def investigate_first(self, signals: Signals, decision: Decision) -> None:
         """Find the cause of a trouble before the run goes back, where the recipe asks for it."""
         if self.recipe.guard.investigate and isinstance(decision, Rollback):
-            onset = decision.at_most + 1
+            jumped = any(alarm.kind == "weight_jump" for alarm in decision.alarms)
+            onset = signals.step if jumped else decision.at_most + 1
             alarm = next((a for a in decision.alarms if a.signal == "loss" and math.isfinite(a.expected)), None)
             usual = self.position.smooth if self.position.smooth is not None else signals.loss
             # Where the loss itself raised no alarm, only a loss clearly above the usual counts as its spike.

@@ -26,6 +26,9 @@ LossOf = Callable[[Any], Tensor]
 AGE: Final = 8
 """Accepted steps between one batch that is kept and the next."""
 
+NEXT_ROWS: Final = 2
+"""Sequences that are kept where the model's forward gives no loss."""
+
 KEEP_UP_TO: Final = 1 << 24
 """Elements of a batch that ``LastBatch`` copies; a larger one is not remembered."""
 
@@ -164,9 +167,10 @@ class LastBatch:
     Not at the last one: a trouble is seen a few steps after it began, and the batch must have met sound weights.
 
     It hooks the model's forward; training forwards only. With gradient accumulation the last micro-batch stands for
-    its step. Nothing here raises: what cannot be done gives an empty answer; a model whose output holds no loss (it
-    returns logits, and the loop makes the loss) cannot be probed without ``loss_of``. Costs a copy of the inputs at
-    each step.
+    its step. Nothing here raises: what cannot be done gives an empty answer. A language model whose output holds no
+    loss (it returns logits, and the loop makes the loss) is judged by the next tokens of two sequences, which costs a
+    forward of them at each batch that is kept; other models cannot be probed without ``loss_of``. Costs a copy of the
+    inputs at each batch that is kept.
 
     Args:
         model: any module; DDP and ``torch.compile`` wrappers are looked through.
@@ -182,15 +186,24 @@ class LastBatch:
         self._accepted: tuple[Any, Tensor] | None = None
         self._candidate: tuple[Any, Tensor] | None = None
         self._accepts = 0
+        self._next_token = True
         self._handle = hook_point(model).register_forward_hook(self._on_forward, with_kwargs=True)
 
     def accept(self) -> None:
         """The last forward's step is sound: keep its batch and the loss it had. To be called before the update."""
         self._accepts += 1
-        if self._seen is None or self._seen[1] is None or (self._accepts - 1) % max(self._age, 1):
+        if self._seen is None or (self._accepts - 1) % max(self._age, 1):
             return
-        batch = _copy(self._seen[0])
-        kept = None if batch is None else (batch, self._seen[1].float())
+        (args, kwargs), loss = self._seen
+        if (
+            loss is None and self._loss_of is None
+        ):  # the loop makes the loss: a few sequences are judged by their own next tokens
+            B = batch_size(args, kwargs)
+            args, kwargs = take_rows((list(args), dict(kwargs)), 0, min(NEXT_ROWS, B), B)
+            loss = self._loss_of_run((args, kwargs), self._run((args, kwargs), 1)) if self._next_token else None
+            self._next_token = loss is not None
+        batch = _copy((args, kwargs))
+        kept = None if batch is None or loss is None else (batch, loss.float())
         self._accepted = self._candidate if self._age else kept
         self._candidate = kept
 
@@ -200,10 +213,12 @@ class LastBatch:
 
     def readings(self) -> dict[str, float]:
         """Return ``probe_expected`` and ``probe_loss`` (nats), or nothing. Waits for the device."""
-        found = self.probe()
-        if found is None or found.loss is None or self._accepted is None:
+        if self._accepted is None:
             return {}
-        return floats({"probe_expected": self._accepted[1], "probe_loss": found.loss.detach().float()})
+        loss = self._loss_of_run(self._accepted[0], self.probe())
+        if loss is None:
+            return {}
+        return floats({"probe_expected": self._accepted[1], "probe_loss": loss.detach().float()})
 
     def sequence_losses(self) -> dict[str, float]:
         """Return ``sequence_loss_max`` and ``sequence_loss_median`` of the batch last fed, or nothing."""
@@ -236,6 +251,12 @@ class LastBatch:
         """Stop listening and forget the batches."""
         self._handle.remove()
         self._seen = self._accepted = None
+
+    def _loss_of_run(self, batch: Any, found: Probe | None) -> Tensor | None:
+        """Return the loss of a run: the model's own, or that of the next tokens; ``None`` where there is neither."""
+        if found is None or found.loss is not None or self._loss_of is not None:
+            return None if found is None else found.loss
+        return _next_token_loss(found.output, batch)
 
     def _run(self, batch: Any, rows: int) -> Probe | None:
         args, kwargs = batch
@@ -284,7 +305,7 @@ def take_rows(value: Any, first: int, last: int, B: int) -> Any:
 
 
 def _next_token_loss(output: Any, inputs: Any) -> Tensor | None:
-    """Return the mean cross-entropy of logits (1, T, V) about the next of the ids (1, T) that went in."""
+    """Return the mean cross-entropy of logits (B, T, V) about the next of the ids (B, T) that went in."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if isinstance(logits, tuple | list) and logits:
         logits = logits[0]
@@ -292,9 +313,9 @@ def _next_token_loss(output: Any, inputs: Any) -> Tensor | None:
     ids = next((v for v in (*some_args, *some_named.values()) if isinstance(v, Tensor)), None)
     if not (isinstance(logits, Tensor) and isinstance(ids, Tensor)) or ids.is_floating_point():
         return None
-    if logits.dim() != 3 or logits.shape[:2] != ids.shape:
+    if logits.dim() != 3 or logits.shape[:2] != ids.shape or ids.shape[1] < 2:
         return None
-    return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def _copy(value: Any) -> Any:
