@@ -1,10 +1,12 @@
-"""What the guard and the journal cost: the same step with both on and both off, interleaved.
+"""What the guard costs in the trainer, all of it: the same step with guard and journal, and with neither, in turns.
 
-    python benchmarks/guard_cost.py --steps 120 --threads 2
+    python benchmarks/guard_cost.py --steps 200 --threads 2
 
-"On" is what ``poise train`` does. "Off" has the guard disabled and no journal. The two take turns step by step on
-the same model, optimizer and data; each turn is the other's neighbour, so that drift of the machine cancels. The
-direct cost (time inside ``guard.decide`` and ``run.record``) is printed too: it is far below the step's noise.
+"On" is what ``poise train`` does: the readings of every step, the layers every 10 steps, detectors, causes, policy and
+journal. "Off" is ``guard.enabled = false`` without a journal: loss and gradient norm only. The two take turns step by
+step on the same model, optimizer and data, so that drift of the machine cancels. The direct time (inside the
+readings, ``guard.decide`` and ``run.record``, less what "off" spends in its reading) is the steadier figure; the steps
+that measure layers are told apart from the others.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ def main() -> None:
     from poise.hardware import distributed
     from poise.train import recipe as recipes
     from poise.train.run import assemble, prepared, resolve
+    from poise.train.senses import Blind
     from poise.train.step import train_step
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     recipe = recipes.load("nano", {"train": {"threads": options.threads, "steps": 100_000, "compile": "off"}})
@@ -36,42 +39,51 @@ def main() -> None:
     tokens, recipe = prepared(recipe, None, world)
     with tempfile.TemporaryDirectory() as tmp:
         run = assemble(resolve(recipe, tokens), Path(tmp), tokens, world, [])
-        guard, journal = run.guard, run.journal
-        silent = build(dataclasses.replace(recipe.guard, enabled=False))
-        inside: list[float] = []
+        guard, journal, senses = run.guard, run.journal, run.senses
+        silent, blind = build(dataclasses.replace(recipe.guard, enabled=False)), Blind(run)
+        spent = 0.0
 
         def timed(function):
             def call(*arguments):
+                nonlocal spent
                 start = time.perf_counter()
                 out = function(*arguments)
-                inside.append(time.perf_counter() - start)
+                spent += time.perf_counter() - start
                 return out
 
             return call
 
-        decide, record = guard.decide, run.record
+        for owner, name in ((guard, "decide"), (run, "record"), (silent, "decide")):
+            setattr(owner, name, timed(getattr(owner, name)))
+        for owner in (senses, blind):
+            for name in ("saw", "read", "settle"):
+                setattr(owner, name, timed(getattr(owner, name)))
         times: dict[str, list[float]] = {"on": [], "off": []}
-        for index in range(2 * options.steps + 20):
+        inside: dict[str, list[float]] = {"on": [], "layers": [], "off": []}
+        for index in range(2 * options.steps + 40):
             name = "on" if index % 2 == 0 else "off"
-            run.guard, run.journal = (guard, journal) if name == "on" else (silent, None)
-            if name == "on":
-                guard.decide, run.record = timed(decide), timed(record)  # type: ignore[method-assign]
-            else:
-                run.record = record  # type: ignore[method-assign]
+            run.position.step = index // 2  # both do the same step
+            measures = name == "on" and senses.measures(run.position.step + 1)
+            run.guard, run.journal, run.senses = (guard, journal, senses) if name == "on" else (silent, None, blind)
+            spent = 0.0
             start = time.perf_counter()
             train_step(run)
-            if index >= 20:
-                times[name].append(time.perf_counter() - start)
+            took = time.perf_counter() - start
+            if index >= 40:
+                inside["layers" if measures else name].append(spent)
+                times[name].append(took)
         assert journal is not None
         journal.close()
     on, off = times["on"], times["off"]
     ratio = statistics.median(a / b for a, b in zip(on, off, strict=True))
-    direct = sum(inside) / (len(inside) / 2)
+    mean = statistics.mean(on) / statistics.mean(off)
+    step, base = statistics.median(off), statistics.median(inside["off"])
+    always, layers = (statistics.median(inside[name]) - base for name in ("on", "layers"))
     print(f"nano, {options.threads} threads, {options.steps} steps each, alternating")
-    print(f"step with guard and journal     median {statistics.median(on) * 1e3:.2f} ms")
-    print(f"step without                    median {statistics.median(off) * 1e3:.2f} ms")
-    print(f"ratio of neighbours             median {ratio:.4f}")
-    print(f"inside guard.decide and record  {direct * 1e3:.3f} ms a step = {direct / statistics.median(off):.3%}")
+    print(f"step without guard and journal       median {step * 1e3:.2f} ms")
+    print(f"ratio of neighbours                  median {ratio:.4f}, of the means {mean:.4f}")
+    print(f"every step: readings, guard, journal {always * 1e3:.2f} ms = {always / step:.2%} of the step")
+    print(f"a step that measures the layers      {layers * 1e3:.2f} ms, every 10 steps = {layers / 10 / step:.2%}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from poise.train.budget import UTILISATION
 from poise.train.host import TrainHost
 from poise.train.observers import Observer
 from poise.train.recipe import Recipe
-from poise.train.senses import Senses
+from poise.train.senses import Blind, Senses
 from poise.train.state import Run
 
 log = logging.getLogger("poise")
@@ -263,7 +263,7 @@ def _assemble(
         observers=list(observers) if world.rank == 0 else [],
     )
     run.host = TrainHost(run)
-    run.senses = Senses(run, recipe.guard.every if recipe.guard.enabled else 0)
+    run.senses = Senses(run, recipe.guard.every) if recipe.guard.enabled else Blind(run)
     run.guard = build_guard(recipe.guard, store.latest, examine=run.senses.examine)
     return run
 

@@ -14,6 +14,7 @@ from poise.guard.signals.probe import AGE, per_sequence_loss, probe
 from poise.guard.signals.together import over_ranks
 from poise.guard.signals.tracker import Tracker
 from poise.guard.signals.weights import moment_readings, weight_readings
+from poise.hardware.distributed import mean_over_ranks
 from poise.model.losses import LossOutput
 
 if TYPE_CHECKING:
@@ -96,8 +97,9 @@ class Senses:
         return self._tracker.state_dict(together=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
-        self._tracker.load_state_dict(state)
+        """Take over what ``state_dict`` returned; nothing where the guard had been off."""
+        if state:
+            self._tracker.load_state_dict(state)
 
     def examine(self, signals: Signals) -> dict[str, float]:
         """Take more readings of a step that raised an alarm: last good batch again, single sequences, all weights."""
@@ -137,3 +139,37 @@ class Senses:
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         device = self._run.world.device
         return batch.inputs.to(device), batch.targets.to(device)
+
+
+class Blind(Senses):
+    """Loss and gradient norm only: for a run whose guard is switched off."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._every = 0
+        self._losses: list[torch.Tensor] = []
+
+    def saw(self, batch: Batch, out: LossOutput) -> None:
+        """Take in a micro-batch's loss."""
+        self._losses.append(out.ce.detach())
+
+    def read(self) -> Signals:
+        """Return loss and norm, equal on all ranks. One wait for the device."""
+        run = self._run
+        loss = mean_over_ranks(torch.stack(self._losses).mean())
+        self._losses.clear()
+        loss_value, norm = torch.stack([loss, run.optimizer.measure().to(loss)]).tolist()
+        return Signals(run.position.step, loss_value, norm, run.optimizer.lr, run.position.tokens)
+
+    def settle(self, signals: Signals, decision: Decision) -> None:
+        """Nothing to remember."""
+
+    def changed(self, decision: Decision) -> None:
+        """Nothing to forget."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over nothing."""
