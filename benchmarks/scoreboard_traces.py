@@ -247,7 +247,7 @@ def print_table(traces: Sequence[Trace]) -> None:
     kinds = Counter((alarm.kind, alarm.severity) for trace in traces for alarm in trace.ours)
     print("poise: alarms by kind " + ", ".join(f"{kind} ({how}) {n}" for (kind, how), n in sorted(kinds.items())))
     cost = statistics.fmean(trace.microseconds for trace in traces)
-    print(f"poise: all nine detectors together, mean per step and curve: {cost:.0f} microseconds on this machine")
+    print(f"poise: all loss and gradient-norm detectors together: mean {cost:.0f} microseconds a step on this machine")
 
 
 def print_details(traces: Sequence[Trace]) -> None:
