@@ -30,16 +30,7 @@ from typing import Any
 from peers_rules import peers
 
 from poise.core.types import Alarm, Signals
-from poise.guard.detectors.base import Detector
-from poise.guard.detectors.chaotic import Chaotic
-from poise.guard.detectors.collapse import Collapse
-from poise.guard.detectors.data_outlier import DataOutlier
-from poise.guard.detectors.fast_spike import FastSpike
-from poise.guard.detectors.grad_spike import GradSpike
-from poise.guard.detectors.level_shift import LevelShift
-from poise.guard.detectors.nonfinite import NonFinite
-from poise.guard.detectors.plateau import Plateau
-from poise.guard.detectors.slow_divergence import SlowDivergence
+from poise.guard.detectors.standard import standard
 
 SLACK, EARLY, CLUSTER = 5, 2, 50
 
@@ -104,21 +95,6 @@ class Score:
     missed: list[str] = field(default_factory=list)
 
 
-def our_detectors(alarms_per_10k: float) -> list[Detector]:
-    """Return the detectors of the loss and the gradient norm with their defaults."""
-    return [
-        NonFinite(),
-        FastSpike(alarms_per_10k=alarms_per_10k),
-        LevelShift(alarms_per_10k=alarms_per_10k),
-        SlowDivergence(),
-        Chaotic(),
-        Collapse(),
-        Plateau(),
-        DataOutlier(),
-        GradSpike(),
-    ]
-
-
 def replay(folder: Path, name: str, alarms_per_10k: float) -> Trace:
     """Run every rule causally over one curve."""
     labels: dict[str, Any] = json.loads((folder / f"{name}.labels.json").read_text())
@@ -126,7 +102,7 @@ def replay(folder: Path, name: str, alarms_per_10k: float) -> Trace:
     with (folder / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
     rules = peers(len(rows))
-    detectors = our_detectors(alarms_per_10k)
+    detectors = standard(alarms_per_10k)
     raised: dict[str, list[int]] = {"poise": [], **{rule: [] for rule in rules}}
     ours: list[Alarm] = []
     spent = 0.0
@@ -247,7 +223,7 @@ def print_table(traces: Sequence[Trace]) -> None:
     kinds = Counter((alarm.kind, alarm.severity) for trace in traces for alarm in trace.ours)
     print("poise: alarms by kind " + ", ".join(f"{kind} ({how}) {n}" for (kind, how), n in sorted(kinds.items())))
     cost = statistics.fmean(trace.microseconds for trace in traces)
-    print(f"poise: all loss and gradient-norm detectors together: mean {cost:.0f} microseconds a step on this machine")
+    print(f"poise: all detectors of an ordinary run together: mean {cost:.0f} microseconds a step on this machine")
 
 
 def print_details(traces: Sequence[Trace]) -> None:
