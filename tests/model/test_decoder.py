@@ -287,7 +287,7 @@ def test_embed_scale_never_touches_a_tied_head():
     plain, scaled = build(TINY, seed=0), build(apply(TINY, "embed_scale"), seed=0)
     final = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0))
     for model in (plain, scaled):
-        model.trunk.forward = lambda x: final
+        model.trunk.forward = lambda x: (final, None)
     assert torch.equal(plain.logits(ids(1)), scaled.logits(ids(1)))
     embeds = [m.embed_out(m.embedding(ids())) for m in (scaled, plain)]
     torch.testing.assert_close(embeds[0], math.sqrt(32) * embeds[1])

@@ -30,12 +30,17 @@ def use_matmul(seq_len: int, dtype: torch.dtype, device_type: str) -> bool:
     return device_type == "cpu" and seq_len <= MATMUL_UP_TO.get(dtype, 0)
 
 
-def matmul_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+def root_scale(place: Place) -> float:
+    """The default ``attn_scale`` slot: 1 / √K (Vaswani et al. 2017, arXiv 1706.03762)."""
+    return float(place.spec.head_dim**-0.5)
+
+
+def matmul_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float | None = None) -> Tensor:
     """Causal softmax attention that holds the (B, H, T, T) scores; no copy of keys and values per head."""
     B, H, T, K = q_BHTK.shape
     G = k_BGTK.shape[1]
     # The query heads that share a key head are stacked along the rows of one product.
-    q_BGrK = (q_BHTK * K**-0.5).reshape(B, G, H // G * T, K)
+    q_BGrK = (q_BHTK * (K**-0.5 if scale is None else scale)).reshape(B, G, H // G * T, K)
     future_TT = torch.full((T, T), float("-inf"), dtype=q_BHTK.dtype, device=q_BHTK.device).triu(1)
     scores_BHTT = (q_BGrK @ k_BGTK.mT).view(B, H, T, T).add_(future_TT)
     # The CPU kernel of softmax computes in fp32 and rounds once, at the end.
@@ -43,22 +48,23 @@ def matmul_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
     return (probs_BHTT.view(B, G, H // G * T, T) @ v_BGTK).view(B, H, T, K)
 
 
-def fused_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+def fused_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float | None = None) -> Tensor:
     """Causal softmax attention in torch's fused kernel; memory grows with T, not with T²."""
     shared = q_BHTK.shape[1] != k_BGTK.shape[1]
-    return F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=shared)
+    return F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, scale=scale, enable_gqa=shared)
 
 
 class SoftmaxScores(nn.Module):
-    """The default ``scores`` slot: causal ``softmax(q kᵀ / √K) v`` (Vaswani et al. 2017, 1706.03762)."""
+    """The default ``scores`` slot: causal ``softmax(scale · q kᵀ) v`` (Vaswani et al. 2017, 1706.03762)."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, scale: float) -> None:
         super().__init__()
+        self.scale = scale
 
     def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         if use_matmul(q_BHTK.shape[2], q_BHTK.dtype, q_BHTK.device.type):
-            return matmul_attention(q_BHTK, k_BGTK, v_BGTK)
-        return fused_attention(q_BHTK, k_BGTK, v_BGTK)
+            return matmul_attention(q_BHTK, k_BGTK, v_BGTK, self.scale)
+        return fused_attention(q_BHTK, k_BGTK, v_BGTK, self.scale)
 
 
 class Rope(nn.Module):

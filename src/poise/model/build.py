@@ -6,11 +6,9 @@ import torch
 
 from poise.core.errors import UserError
 from poise.model.decoder import Decoder
-from poise.model.init import initialise
 from poise.model.methods import apply_methods
-from poise.model.place import Place
-from poise.model.slots import make
 from poise.model.spec import Spec
+from poise.model.starts import initialise
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -41,7 +39,7 @@ def build(
         model = model.double()
     if torch.device(device).type != "meta":
         model = model.to_empty(device=device)
-        initialise(model, make("init", Place(spec)), seed)
+        initialise(model, spec, seed)
     return model
 
 

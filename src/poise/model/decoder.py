@@ -5,38 +5,53 @@ Shapes: B batch, T positions, D width, V vocabulary, N = B·T rows.
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from typing import Any, Final, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from poise.core.errors import UserError
 from poise.model.attention import Rope
-from poise.model.blocks import Block
-from poise.model.init import roles_of
+from poise.model.blocks import Block, Carry
 from poise.model.layers import Embedding, Head
 from poise.model.losses import LossOutput, chunked_cross_entropy
 from poise.model.place import Place
 from poise.model.slots import make, make_part
 from poise.model.spec import Spec
+from poise.model.starts import roles_of
+
+PENALTY: Final = "penalty"
+"""Name under which the blocks' penalties are reported among the parts of the loss."""
 
 
 class Trunk(nn.Module):
-    """Blocks and the final norm: embedded tokens in, final hidden states out, both (B, T, D)."""
+    """Blocks and the final norm: embedded tokens in, final hidden states out, both (B, T, D); and the sum of the
+    blocks' penalties, where a method has any.
+
+    Attributes:
+        recompute: whether a block's activations are forgotten after the forward pass and computed again in the backward
+            pass (activation checkpointing, Chen et al. 2016, arXiv 1604.06174).
+    """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         place = Place(spec)
         self.rope = Rope(place)
         self.blocks = nn.ModuleList(Block(Place(spec, layer)) for layer in range(1, spec.n_layers + 1))
-        self.norm = make("norm", place, spec.d_model)
+        self.norm = make("final_norm", place)
+        self.recompute = False
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        carry = Carry()
         for block in self.blocks:
-            x_BTD = block(x_BTD, self.rope)
-        out: Tensor = self.norm(x_BTD)
-        return out
+            if self.recompute and torch.is_grad_enabled():
+                x_BTD, carry = checkpoint(block, x_BTD, self.rope, carry, use_reentrant=False)
+            else:
+                x_BTD, carry = block(x_BTD, self.rope, carry)
+        return self.norm(x_BTD), carry.penalty
 
 
 class Decoder(nn.Module):
@@ -53,9 +68,10 @@ class Decoder(nn.Module):
         place = Place(spec)
         self.spec, self.compute_dtype = spec, compute_dtype
         self.embedding = Embedding(spec.vocab_size, spec.d_model)
-        self.embed_out = make("embed_out", place)
+        self.embed_grad, self.embed_out = make("embed_grad", place), make("embed_out", place)
         self.trunk = Trunk(spec)
         self.head = None if spec.tied else Head(spec.vocab_size, spec.d_model)
+        self.head_in, self.head_map = make("head_in", place), make("head", place)
         self.transform = make("logits", place)
         self.terms = nn.ModuleDict({p.name: make_part("loss_terms", p, place) for p in spec.loss_terms})
         self._taps = nn.ModuleDict({"embed": nn.Identity(), "final": nn.Identity()})
@@ -71,7 +87,7 @@ class Decoder(nn.Module):
         Raises:
             UserError: sequences longer than ``spec.seq_len``.
         """
-        hidden_BTD = self.hidden(inputs_BT)
+        hidden_BTD, penalty = self._hidden(inputs_BT)
         loss, ce, log_z, means, token_N = chunked_cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.head_weight,
@@ -80,16 +96,22 @@ class Decoder(nn.Module):
             transform=self.transform,
         )
         parts = dict(zip(self.terms, means, strict=True))
+        if penalty is not None:
+            loss = loss + penalty
+            parts[PENALTY] = penalty.detach()
         return LossOutput(loss, ce, log_z, parts, token_N.view_as(targets_BT) if token_loss else None)
 
     def hidden(self, inputs_BT: Tensor) -> Tensor:
-        """Return the final hidden states (B, T, D) in the compute dtype."""
+        """Return the input of the output head, (B, T, D), in the compute dtype."""
+        return self._hidden(inputs_BT)[0]
+
+    def _hidden(self, inputs_BT: Tensor) -> tuple[Tensor, Tensor | None]:
         T = inputs_BT.shape[1]
         if self.spec.seq_len < T:
             raise UserError(f"a sequence of {T} tokens is longer than the model's seq_len {self.spec.seq_len}")
-        x_BTD = self.embed_out(self.embedding(inputs_BT)).to(self.compute_dtype)
-        out: Tensor = self._taps["final"](self.trunk(self._taps["embed"](x_BTD)))
-        return out
+        x_BTD = self.embed_out(self.embed_grad(self.embedding(inputs_BT))).to(self.compute_dtype)
+        final_BTD, penalty = self.trunk(self._taps["embed"](x_BTD))
+        return self.head_in(self._taps["final"](final_BTD)), penalty
 
     def logits(self, inputs_BT: Tensor) -> Tensor:
         """Return the output logits (B, T, V) in fp32; for evaluation and generation, not for training."""
@@ -101,11 +123,19 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The (V, D) output matrix; the embedding itself when tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        weight_VD: Tensor = self.head_map(self.embedding.weight if self.head is None else self.head.weight)
+        return weight_VD
 
     def roles(self) -> dict[str, str]:
         """Return the role of every parameter by name: ``embedding``, ``norm``, ``qkv``, ``attn_out``, ..."""
         return roles_of(self)
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """Return each role's share of the learning rate; empty where no method says anything about it."""
+        scales = [make_part("lr_scales", part, Place(self.spec)) for part in self.spec.lr_scales]
+        if not scales:
+            return {}
+        return {role: math.prod(scale.of(role) for scale in scales) for role in sorted(set(self.roles().values()))}
 
     def taps(self) -> dict[str, nn.Module]:
         """Return the places to listen to, by name: identity modules to put a forward hook on.
@@ -117,6 +147,10 @@ class Decoder(nn.Module):
             for owner in (block.attn, block.mlp, block):
                 found |= {f"block.{number}.{name}": tap for name, tap in owner.taps.items()}
         return found | {"final": self._taps["final"]}
+
+    def recompute_blocks(self, wanted: bool = True) -> None:
+        """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
+        self.trunk.recompute = wanted
 
     def compile_trunk(self) -> None:
         """Compile the trunk in place; names of parameters do not change. Hook taps before, not after."""

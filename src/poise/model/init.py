@@ -1,31 +1,35 @@
-"""Starting values by role of a parameter, each parameter from a random stream of its own name.
+"""Initialisations: the standard deviation that each matrix starts with, by its role.
 
-A parameter's values depend on (seed, its name) only: adding a module or a method leaves
-the others as they were.
+Besides the roles of parameters (``Decoder.roles``) there are names for the rows of the two matrices that several
+projections share: ``q``, ``k`` and ``v`` for ``qkv``, and with SwiGLU ``mlp_gate`` and ``mlp_up`` for ``mlp_in``.
+``starts`` fills a model by them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, Protocol
-
-import torch
-from torch import Tensor, nn
+from typing import Final, Protocol
 
 from poise.core.errors import UserError
-from poise.core.rng import derive
 from poise.model.place import Place
+from poise.model.spec import Spec
 
 RESIDUAL_ROLES: Final = ("attn_out", "mlp_out")
 """Matrices whose output is added to the residual stream."""
 
 
 class Init(Protocol):
-    """What an ``init`` slot builds: the standard deviation of each matrix role."""
+    """What an ``init`` slot builds.
+
+    Attributes:
+        residual: what the deviation of matrices that write into the residual stream is multiplied by, unless the slot
+            ``residual_init`` says otherwise.
+    """
+
+    residual: float
 
     def std(self, role: str) -> float:
-        """Return the standard deviation of a parameter with this role."""
+        """Return the standard deviation of the rows with this role, before ``residual``."""
         ...
 
 
@@ -46,12 +50,10 @@ class DefaultInit:
             if not value > 0:
                 raise UserError(f"init {name} is {value}; give a number above 0")
         self._std, self._embedding_std = std, embedding_std
-        self._residual = std / math.sqrt(2 * place.spec.n_layers) if scale_residual else std
+        self.residual = scaled_residual(place) if scale_residual else 1.0
 
     def std(self, role: str) -> float:
-        if role == "embedding":
-            return self._embedding_std
-        return self._residual if role in RESIDUAL_ROLES else self._std
+        return self._embedding_std if role == "embedding" else self._std
 
 
 class SmallInit:
@@ -63,48 +65,40 @@ class SmallInit:
 
     def __init__(self, place: Place) -> None:
         self._std = math.sqrt(2 / (5 * place.spec.d_model))
-        self._residual = self._std / math.sqrt(2 * place.spec.n_layers)
+        self.residual = scaled_residual(place)
 
     def std(self, role: str) -> float:
-        return self._residual if role in RESIDUAL_ROLES else self._std
+        return self._std
 
 
-def initialise(model: nn.Module, init: Init, seed: int) -> None:
-    """Fill every parameter and every computed buffer of ``model`` in place.
+def as_init_says(place: Place) -> None:
+    """The empty ``residual_init`` and ``embed_std``: what the initialisation says by itself."""
+    return
 
-    Matrices are normal, cut off at three standard deviations (which makes the true deviation 1.3 % smaller).
-    Random numbers are drawn on the CPU, so that they are the same on every device.
+
+def scaled_residual(place: Place) -> float:
+    """1 / sqrt(2 N) (GPT-2, Radford et al. 2019): the sum of 2 N branches is as large as one."""
+    return 1 / math.sqrt(2 * place.spec.n_layers)
+
+
+def plain_residual(place: Place) -> float:
+    """1: matrices that write into the residual stream start like all others."""
+    return 1.0
+
+
+def zero_residual(place: Place) -> float:
+    """0: every branch adds nothing at first."""
+    return 0.0
+
+
+def shares(spec: Spec, role: str) -> list[tuple[str, int]]:
+    """Return the projections that share the rows of a parameter with this role: (their role, number of rows).
+
+    A role that is no shared matrix is its own only share, with -1 for all rows.
     """
-    fills = dict(_declared(model, "param_fill"))
-    roles = dict(_declared(model, "param_roles"))
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            if name in fills:
-                param.fill_(fills[name])
-            else:
-                param.copy_(_normal(param.shape, init.std(roles[name]), derive(seed, "init", name)))
-        for module in model.modules():
-            fill = getattr(module, "fill_buffers", None)
-            if fill is not None:
-                fill()
-
-
-def roles_of(model: nn.Module) -> dict[str, str]:
-    """Return the role of every parameter by its full name."""
-    roles = dict(_declared(model, "param_roles"))
-    names = [name for name, _ in model.named_parameters()]
-    missing = [name for name in names if name not in roles]
-    assert not missing, f"parameters without a role: {missing}"
-    return {name: roles[name] for name in names}
-
-
-def _normal(shape: torch.Size, std: float, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return nn.init.trunc_normal_(torch.empty(shape), 0.0, std, -3 * std, 3 * std, generator=generator)
-
-
-def _declared(model: nn.Module, attribute: str) -> Iterator[tuple[str, Any]]:
-    for prefix, module in model.named_modules():
-        table: Mapping[str, Any] = getattr(module, attribute, {})
-        for local, value in table.items():
-            yield f"{prefix}.{local}" if prefix else local, value
+    if role == "qkv":
+        rows = {"q": spec.n_heads, "k": spec.n_kv_heads, "v": spec.n_kv_heads}
+        return [(name, heads * spec.head_dim) for name, heads in rows.items()]
+    if role == "mlp_in" and spec.mlp == "swiglu":
+        return [("mlp_gate", spec.d_ff), ("mlp_up", spec.d_ff)]
+    return [(role, -1)]

@@ -21,7 +21,10 @@ from poise.model.place import Place
 
 
 class Linear(nn.Module):
-    """``y = x Wᵀ``, no bias; W is (O, D) and is cast to the dtype of x at each use."""
+    """``y = x Wᵀ``, no bias; W is (O, D) and is cast to the dtype of x at each use.
+
+    Whatever stands in the ``linear`` slot offers ``effective_weight``: the matrix that its output is linear in.
+    """
 
     def __init__(self, place: Place, d_in: int, d_out: int, role: str) -> None:
         super().__init__()
@@ -30,6 +33,10 @@ class Linear(nn.Module):
 
     def forward(self, x_D: Tensor) -> Tensor:
         return F.linear(x_D, self.weight.to(x_D.dtype))
+
+    def effective_weight(self) -> Tensor:
+        """Return the (O, D) matrix W of ``y = x Wᵀ``, differentiable, at least fp32."""
+        return self.weight
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, role={self.param_roles['weight']}"
@@ -117,7 +124,7 @@ def _rms_norm(x_D: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class Same(nn.Module):
-    """x -> x: an empty ``branch_out``, ``embed_out`` or ``logits`` slot."""
+    """x -> x: an empty slot of one tensor."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()
@@ -127,23 +134,67 @@ class Same(nn.Module):
 
 
 class SamePair(nn.Module):
-    """(q, k) -> (q, k): an empty ``qk`` slot."""
+    """(q, k) -> (q, k), (values, first values) -> the same: an empty ``qk`` or ``values`` slot."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()
 
-    def forward(self, q_BHTK: Tensor, k_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        return q_BHTK, k_BHTK
+    def forward(self, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return a, b
+
+
+class SameThree(nn.Module):
+    """(q, k, v, attention input) -> (q, k, v): an empty ``qkv_gate`` slot."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q, k, v
 
 
 class Ungated(nn.Module):
-    """(attention output, attention input) -> attention output: an empty ``attn_gate`` slot."""
+    """(branch's tensor, branch's input) -> the tensor: an empty ``attn_gate`` or ``attn_out_gate`` slot."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()
 
     def forward(self, out_BTD: Tensor, x_BTD: Tensor) -> Tensor:
         return out_BTD
+
+
+class NoPenalty(nn.Module):
+    """(the block's qkv product, sum of penalties so far) -> that sum: an empty ``qk_penalty`` slot."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+
+    def forward(self, qkv: nn.Module, total: Tensor | None) -> Tensor | None:
+        return total
+
+
+class SiluProduct(nn.Module):
+    """``silu(gate) · up``, the first F of 2 F inner activations the gate (SwiGLU, Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+
+    def forward(self, inner_BTI: Tensor) -> Tensor:
+        gate_BTF, up_BTF = inner_BTI.chunk(2, -1)
+        return F.silu(gate_BTF) * up_BTF
+
+
+class Gelu(nn.Module):
+    """``gelu(inner)`` (Hendrycks and Gimpel 2016, arXiv 1606.08415).
+
+    The exact form: on a CPU torch's tanh approximation takes three times as long.
+    """
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+
+    def forward(self, inner_BTF: Tensor) -> Tensor:
+        return F.gelu(inner_BTF)
 
 
 class Add(nn.Module):

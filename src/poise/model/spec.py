@@ -3,20 +3,36 @@
 A slot is a place in the decoder that a method may claim. It holds a ``Part``: a name and plain fields, so
 that a spec can be printed, compared, swept, written to JSON or TOML and built again anywhere.
 
-| slot         | what its module does                                       | default   |
-|--------------|------------------------------------------------------------|-----------|
-| `norm`       | normalises the last dimension                              | `rmsnorm` |
-| `branch_in`  | residual stream -> input of attention or MLP               | `norm`    |
-| `branch_out` | output of attention or MLP -> what is added                | `none`    |
-| `residual`   | (stream, branch output) -> stream                          | `add`     |
-| `qk`         | (queries, keys) -> (queries, keys), per head, before RoPE  | `none`    |
-| `scores`     | (queries, keys, values) -> attention output                | `softmax` |
-| `attn_gate`  | (attention output, attention input) -> attention output    | `none`    |
-| `linear`     | the matrix product of every projection inside a block      | `linear`  |
-| `embed_out`  | embedding output -> residual stream                        | `none`    |
-| `logits`     | output logits -> output logits, element by element         | `none`    |
-| `loss_terms` | any number: log Z of each token -> a loss                  | nothing   |
-| `init`       | parameter role -> standard deviation at the start          | `default` |
+| slot            | what its module does                                               | default   |
+|-----------------|--------------------------------------------------------------------|-----------|
+| `norm`          | normalises the last dimension                                      | `rmsnorm` |
+| `final_norm`    | residual stream -> final hidden states                             | `norm`    |
+| `branch_in`     | residual stream -> input of attention or MLP                       | `norm`    |
+| `branch_out`    | output of attention or MLP -> what is added                        | `none`    |
+| `residual`      | (stream, branch output) -> stream                                  | `add`     |
+| `qk`            | (queries, keys) -> (queries, keys), per head, before RoPE          | `none`    |
+| `values`        | (values, the first block's) -> (values, the first block's)         | `none`    |
+| `qkv_gate`      | (queries, keys, values, attention input) -> the three              | `none`    |
+| `attn_scale`    | a number: attention logits are scale · q kᵀ                        | `sqrt`    |
+| `qk_tap`        | listens to queries and keys after RoPE                             | `none`    |
+| `qk_penalty`    | query and key matrices of a block -> a loss                        | `none`    |
+| `scores`        | (queries, keys, values) -> attention output                        | `softmax` |
+| `attn_gate`     | (attention output, attention input) -> attention output            | `none`    |
+| `attn_mid`      | attention output -> input of its output matrix                     | `none`    |
+| `attn_out_gate` | (output matrix's output, attention input) -> attention's output    | `none`    |
+| `activation`    | inner MLP activations -> hidden activations                        | `default` |
+| `mlp_mid`       | hidden activations -> input of the MLP's output matrix             | `none`    |
+| `linear`        | the matrix product of every projection inside a block              | `linear`  |
+| `embed_grad`    | rows of the embedding -> the same rows, with another gradient      | `none`    |
+| `embed_out`     | embedding output -> residual stream                                | `none`    |
+| `head_in`       | final hidden states -> input of the output head                    | `none`    |
+| `head`          | output matrix -> output matrix                                     | `none`    |
+| `logits`        | output logits -> output logits, element by element                 | `none`    |
+| `loss_terms`    | any number: log Z of each token -> a loss                          | nothing   |
+| `init`          | parameter role -> standard deviation at the start                  | `default` |
+| `residual_init` | a number: residual outputs start at so many times that deviation   | `init`    |
+| `embed_std`     | a number: standard deviation of the embedding at the start         | `init`    |
+| `lr_scales`     | any number: parameter role -> its share of the learning rate       | nothing   |
 """
 
 from __future__ import annotations
@@ -109,17 +125,33 @@ class Spec:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     norm: Part = Part("rmsnorm")
+    final_norm: Part = Part("norm")
     branch_in: Part = Part("norm")
     branch_out: Part = Part("none")
     residual: Part = Part("add")
     qk: Part = Part("none")
+    values: Part = Part("none")
+    qkv_gate: Part = Part("none")
+    attn_scale: Part = Part("sqrt")
+    qk_tap: Part = Part("none")
+    qk_penalty: Part = Part("none")
     scores: Part = Part("softmax")
     attn_gate: Part = Part("none")
+    attn_mid: Part = Part("none")
+    attn_out_gate: Part = Part("none")
+    activation: Part = Part("default")
+    mlp_mid: Part = Part("none")
     linear: Part = Part("linear")
+    embed_grad: Part = Part("none")
     embed_out: Part = Part("none")
+    head_in: Part = Part("none")
+    head: Part = Part("none")
     logits: Part = Part("none")
     loss_terms: tuple[Part, ...] = ()
     init: Part = Part("default")
+    residual_init: Part = Part("init")
+    embed_std: Part = Part("init")
+    lr_scales: tuple[Part, ...] = ()
     methods: tuple[str, ...] = ()
     claims: tuple[tuple[str, str], ...] = ()
 
@@ -153,22 +185,28 @@ class Spec:
         """Width of one attention head."""
         return self.d_model // self.n_heads
 
+    @property
+    def d_inner(self) -> int:
+        """Number of inner MLP activations: twice ``d_ff`` where a gate is among them."""
+        return 2 * self.d_ff if self.mlp == "swiglu" else self.d_ff
+
     def claim(self, slot: str, part: Part, method: str) -> Spec:
         """Return a spec in which ``method`` has taken ``slot`` with ``part``.
 
-        ``loss_terms`` takes any number of parts, one of each name; every other slot takes one claim.
+        ``loss_terms`` and ``lr_scales`` take any number of parts, one of each name; every other slot takes one
+        claim.
 
         Raises:
             Conflict: another method has the slot, or the same method was applied before.
         """
         assert slot in SLOTS, f"no slot '{slot}'"
-        key = f"loss_terms.{part.name}" if slot == "loss_terms" else slot
+        key = f"{slot}.{part.name}" if slot in MANY else slot
         owner = dict(self.claims).get(key)
         if owner == method:
             raise Conflict(f"method '{method}' is applied twice; name it once")
         if owner is not None:
             raise Conflict(f"methods '{owner}' and '{method}' both claim the slot '{key}'; remove one of the two")
-        value = (*self.loss_terms, part) if slot == "loss_terms" else part
+        value = (*getattr(self, slot), part) if slot in MANY else part
         methods = self.methods if method in self.methods else (*self.methods, method)
         changes: dict[str, Any] = {slot: value, "methods": methods, "claims": (*self.claims, (key, method))}
         return replace(self, **changes)
@@ -186,7 +224,7 @@ class Spec:
             value = getattr(self, f.name)
             if isinstance(value, Part):
                 value = value.to_dict()
-            elif f.name == "loss_terms":
+            elif f.name in MANY:
                 value = {part.name: dict(part.fields) for part in value}
             elif f.name == "claims":
                 value = [list(pair) for pair in value]
@@ -214,27 +252,17 @@ class Spec:
         return cls(**given)
 
 
-SLOTS: Final = (
-    "norm",
-    "branch_in",
-    "branch_out",
-    "residual",
-    "qk",
-    "scores",
-    "attn_gate",
-    "linear",
-    "embed_out",
-    "logits",
-    "loss_terms",
-    "init",
-)
+MANY: Final = ("loss_terms", "lr_scales")
+"""Slots that hold any number of parts."""
+
+SLOTS: Final = tuple(f.name for f in dataclasses.fields(Spec) if f.name in MANY or isinstance(f.default, Part))
 
 
 def _read(key: str, value: Any, kind: Any) -> Any:
     """Return one value of a mapping as the field ``key`` holds it."""
     if key == "claims":
         return tuple((slot, method) for slot, method in value)
-    if key == "loss_terms":
+    if key in MANY:
         return tuple(Part.from_dict({"name": name, **fields}) for name, fields in value.items())
     if key == "methods":
         return tuple(value)

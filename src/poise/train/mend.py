@@ -195,7 +195,8 @@ def _widen(module: nn.Module, dtype: torch.dtype, back: bool) -> None:
     widen = _Widen()
     widen.handles.append(module.register_forward_pre_hook(widen))
     if back:  # first of all hooks: whoever listens to the block hears the stream as it goes on
-        widen.handles.append(module.register_forward_hook(lambda module, args, out: out.to(dtype), prepend=True))
+        narrow = lambda module, args, out: (out[0].to(dtype), *out[1:])  # noqa: E731
+        widen.handles.append(module.register_forward_hook(narrow, prepend=True))
 
 
 def _widened(module: nn.Module) -> _Widen | None:
