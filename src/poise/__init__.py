@@ -34,7 +34,7 @@ _NAMES = {
     "Spec": "poise.model.spec",
     "PRESETS": "poise.model.presets",
     "build_model": "poise.model.build:build",
-    "apply": "poise.model.build",
+    "apply": "poise.face",
     "count": "poise.model.counts",
     "prepare": "poise.data.prepare",
     "open_tokens": "poise.data.store",

@@ -107,7 +107,7 @@ def test_stages(row: list[str]) -> None:
     around = {"Cautious", "MomentReset", "LowPrecisionStates"}
     for name in re.findall(r"`(\w+)", row[0]):
         kind = getattr(po, name)
-        if name == "QKClip":
+        if name in ("QKClip", "UnitRows"):
             assert row[1] == "hook" and not isinstance(kind, Link)
         elif name in around:
             assert row[1] == "around" and kind(AdamWRule()).stage == "direction"

@@ -15,6 +15,7 @@ COMMANDS = {
     "resume": ("poise.cli.resume", "go on with a run that was stopped, killed or crashed"),
     "demo": ("poise.cli.demo", "the same run with faults, bare and guarded: why this tool exists"),
     "replay": ("poise.cli.replay", "show recorded logs to the guard: its alarms, and what it would have done"),
+    "study": ("poise.cli.study", "many small runs that answer a question: which method widens the usable rates?"),
     "data": ("poise.cli.data", "prepare text for training, or look at what was prepared"),
     "methods": ("poise.cli.methods", "list the stability methods, with formula, cost and citation"),
 }

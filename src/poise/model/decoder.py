@@ -19,7 +19,7 @@ from poise.model.blocks import Block, Carry
 from poise.model.layers import Embedding, Head
 from poise.model.losses import LossOutput, chunked_cross_entropy
 from poise.model.place import Place
-from poise.model.slots import make, make_part
+from poise.model.slots import LrScale, make, make_part
 from poise.model.spec import Spec
 from poise.model.starts import roles_of
 
@@ -131,11 +131,18 @@ class Decoder(nn.Module):
         return roles_of(self)
 
     def lr_multipliers(self) -> dict[str, float]:
-        """Return each role's share of the learning rate; empty where no method says anything about it."""
-        scales = [make_part("lr_scales", part, Place(self.spec)) for part in self.spec.lr_scales]
-        if not scales:
-            return {}
-        return {role: math.prod(scale.of(role) for scale in scales) for role in sorted(set(self.roles().values()))}
+        """Return each role's share of the learning rate, for Adam and its kin; empty where no method says anything."""
+        scales = self._lr_scales()
+        roles = sorted(set(self.roles().values())) if scales else []
+        return {role: math.prod(scale.of(role) for scale in scales) for role in roles}
+
+    @property
+    def fixed_decay(self) -> bool:
+        """Whether a parameter's learning rate times its weight decay is to stay what it is without multipliers."""
+        return any(scale.fixed_decay for scale in self._lr_scales())
+
+    def _lr_scales(self) -> list[LrScale]:
+        return [make_part("lr_scales", part, Place(self.spec)) for part in self.spec.lr_scales]
 
     def taps(self) -> dict[str, nn.Module]:
         """Return the places to listen to, by name: identity modules to put a forward hook on.

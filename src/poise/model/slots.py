@@ -105,6 +105,10 @@ def builder(slot: str, part: Part) -> Builder:
     """
     if part.name in HOUSE[slot]:
         return HOUSE[slot][part.name]
+    if part.name in methods.METHODS:  # a method's part usually has its name: nothing else need be loaded
+        own = methods.load(part.name).PARTS.get(slot, {})
+        if part.name in own:
+            return own[part.name]
     known = kinds(slot)
     if part.name not in known:
         raise UserError(

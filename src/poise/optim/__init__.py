@@ -39,6 +39,7 @@ METHODS = (
     "poise.optim.weights.stochastic_rounding",
     "poise.optim.weights.kahan",
     "poise.optim.weights.qk_clip",
+    "poise.optim.weights.unit_rows",
 )
 
 _NAMES = {
@@ -97,6 +98,7 @@ _NAMES = {
     "Kahan": "poise.optim.weights.kahan",
     "QKClip": "poise.optim.weights.qk_clip",
     "StochasticRounding": "poise.optim.weights.stochastic_rounding",
+    "UnitRows": "poise.optim.weights.unit_rows",
     "evaluation_weights": "poise.optim.rules.schedule_free",
     "examine": "poise.optim.doctor",
     "guarded": "poise.integrations.optimizer",

@@ -140,6 +140,9 @@ def build(
     config: OptimConfig,
     named_parameters: Iterable[tuple[str, Tensor]],
     roles: Mapping[str, str] | None = None,
+    *,
+    multipliers: Mapping[str, float] | None = None,
+    fixed_decay: bool = False,
 ) -> Chain:
     """Return the optimizer that ``config`` describes, with decay only where it belongs.
 
@@ -147,10 +150,24 @@ def build(
         config: settings.
         named_parameters: e.g. ``model.named_parameters()``, after sharding.
         roles: name to role; see ``poise.optim.groups``. Muon and its kin cannot do without.
+        multipliers: role to share of the learning rate, for optimizers that divide by a second moment; see ``groups``.
+        fixed_decay: as of ``groups``; decay that is independent of the rate stays as it is anyway.
+
+    Raises:
+        UserError: multipliers with a rule that they are not meant for.
     """
     links = config.links
+    fixed_decay = fixed_decay and config.decay != "independent"
     if config.name not in SPLIT:
-        return Chain(groups(named_parameters, roles, config.weight_decay), *links, lr=config.lr)
+        found = groups(
+            named_parameters, roles, config.weight_decay, multipliers=multipliers or None, fixed_decay=fixed_decay
+        )
+        return Chain(found, *links, lr=config.lr)
+    if multipliers:
+        raise UserError(
+            f"optim.name is {config.name!r}, but the model's learning-rate multipliers are Adam's; use adamw, or leave "
+            "out the methods that bring them (mup, depth_mup, u_mup)"
+        )
     hidden, others = matrix_groups(named_parameters, roles, config.weight_decay)
     clippers = [link for link in links if link.stage == "gradient"]
     rest: Link = MomentReset(config.rest, config.reset_every) if config.reset_every else config.rest

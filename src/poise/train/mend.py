@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from poise.core.errors import UserError, nearest
 from poise.model.decoder import Decoder
-from poise.model.layers import SamePair
+from poise.model.layers import Linear, SamePair
 from poise.optim.chain import Chain
 from poise.optim.weights.qk_clip import HeadRows, QKLayer, gammas, scale_heads
 
@@ -114,11 +114,28 @@ def qk_clip(
     return {place: min(1.0, threshold / seen) if seen > 0 else 1.0 for place, seen in found.items()}
 
 
+def qk_layers(model: Decoder) -> list[QKLayer]:
+    """Return what decides the size of queries and keys, block by block (``block.0``, ...).
+
+    Raises:
+        UserError: queries and keys of a kind that cannot be scaled.
+    """
+    blocks = _blocks(model)
+    for place, block in blocks.items():
+        _check_scalable(block.attn, place)
+    return [_pair(block.attn, place) for place, block in blocks.items()]
+
+
 def _check_scalable(attention: Any, place: str) -> None:
     gains = [getattr(getattr(attention.qk, name, None), "weight", None) for name in ("q", "k")]
     if not isinstance(attention.qk, SamePair) and not all(isinstance(gain, Tensor) for gain in gains):
         raise UserError(
             f"{place} has {type(attention.qk).__name__} on its queries and keys, which qk_clip cannot scale"
+        )
+    if isinstance(attention.qk, SamePair) and not isinstance(attention.qkv, Linear):
+        raise UserError(
+            f"{place} makes queries and keys with {type(attention.qkv).__name__}, whose rows qk_clip cannot scale; "
+            "use it without the method that put it there"
         )
 
 

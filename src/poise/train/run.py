@@ -27,11 +27,11 @@ from poise.hardware import compiler, distributed, environment, precision, shardi
 from poise.hardware.checkpoint import CheckpointStore
 from poise.model.build import build as build_model
 from poise.model.counts import count
-from poise.optim.build import build as build_optimizer
 from poise.train import loop
 from poise.train.budget import UTILISATION
 from poise.train.host import TrainHost
 from poise.train.observers import Observer
+from poise.train.optimizer import optimizer_for
 from poise.train.recipe import Recipe
 from poise.train.senses import Blind, Senses
 from poise.train.state import Run
@@ -232,11 +232,10 @@ def _assemble(
     spec = recipe.spec(tokens.vocab_size)
     dtype = precision.pick_dtype(config.dtype, world.device)
     model = build_model(spec, seed=recipe.seed, device=world.device, compute_dtype=dtype)
-    roles = model.roles()
     if config.compile == "on":
         model.compile_trunk()
     sharding.shard(model, list(model.trunk.blocks), world, dtype)
-    optimizer = build_optimizer(recipe.optim, model.named_parameters(), roles)
+    optimizer = optimizer_for(recipe.optim, model)
     validation = None
     if recipe.data.val_fraction > 0 and len(tokens.split("val").tokens) > config.seq_len:
         validation = Loader(tokens, config.seq_len, recipe.seed, split="val")

@@ -12,6 +12,9 @@ Compiled code cannot be heard. If parts of the model are compiled, the same batc
 once more beforehand, uncompiled and without gradient (``guard/signals/probe.py``); the step itself stays as it is.
 If the whole model was compiled in place (``model.compile()``) even the model's own hooks are not called; the watch
 then has no readings and says so once.
+
+With ``linears=True`` the readings include those of ``guard/signals/linears.py`` for the measured micro-batch, of this
+rank alone; the gradients with respect to inputs are there after the backward pass.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.core.errors import UserError
+from poise.guard.signals.linears import LinearNorms, in_backward
 from poise.guard.signals.listen import Heard, Once, find_sites, floats, has_compiled_parts, inner_of, listening
 from poise.guard.signals.probe import batch_size, extract_loss, hook_point, is_aside, probe, take_rows
 
@@ -39,7 +43,9 @@ class Watch:
         step: the step, counted from 1, to which ``readings`` belong; 0 before the first.
     """
 
-    def __init__(self, model: nn.Module, every: int, loss: Callable[[Any], Tensor] | None, rows: int) -> None:
+    def __init__(
+        self, model: nn.Module, every: int, loss: Callable[[Any], Tensor] | None, rows: int, linears: bool = False
+    ) -> None:
         self.seen = self.step = 0
         self._model, self._every, self._loss_of, self._rows = model, every, loss, rows
         self._once, self._sites = Once(), find_sites(model)
@@ -51,6 +57,8 @@ class Watch:
         self._signs: tuple[int, ...] | None = None
         self._witnesses = _witnesses(model)
         self._takes = 0
+        self._linears = LinearNorms(model) if linears else None
+        self._linears_heard = False
         point = hook_point(model)
         self._handles = [
             point.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -62,12 +70,13 @@ class Watch:
     @property
     def readings(self) -> dict[str, float]:
         """The last measurement by name; empty before the first. Waits for the device."""
-        return floats(self._newest)
+        return floats(self._newest | self._linear_readings())
 
     def take(self) -> dict[str, Tensor] | None:
         """Return the newest measurement if it was not taken before; call once per step: it marks the step's end."""
         self._signs = None
         self._takes += 1
+        self._close_linears()
         if self._takes == _SILENT_FOR and not self.seen:
             self._deaf()
         if not self._unread:
@@ -78,6 +87,7 @@ class Watch:
     def remove(self) -> None:
         """Stop watching; the last readings stay."""
         self._close()
+        self._close_linears()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -94,7 +104,10 @@ class Watch:
         if torch.compiler.is_compiling() or is_aside(module):
             return
         self._close()  # the last forward was left by something that is not an Exception
-        if not (module.training and torch.is_grad_enabled()) or _in_backward() or not self._begins_step():
+        if in_backward():
+            return
+        self._close_linears()
+        if not (module.training and torch.is_grad_enabled()) or not self._begins_step():
             return
         self.seen += 1
         if (self.seen - 1) % self._every:
@@ -107,6 +120,8 @@ class Watch:
             self._heard = self._open.enter_context(
                 listening(self._model, self._rows, sites=self._sites, once=self._once)
             )
+            if self._linears is not None:
+                self._linears.open()
         except Exception as error:
             self._close()
             self._once.warn("watch", f"watch: step {self.seen} was not measured: {type(error).__name__}: {error}")
@@ -117,6 +132,7 @@ class Watch:
         heard, readings = self._heard, self._probed
         self._close()
         if output is None:  # the forward raised
+            self._close_linears()
             return
         if heard is not None:
             readings = heard.readings()
@@ -130,6 +146,9 @@ class Watch:
         if loss is not None:
             readings["loss"] = loss.detach().float()
         self._newest, self._unread, self.step = readings, True, self.seen
+        if self._linears is not None and heard is not None:
+            self._linears.read_weights()  # the optimizer's step may come before the hooks go
+            self._linears_heard = True
 
     def _aside(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
         """Measure a model with compiled parts on the first sequences of the batch."""
@@ -149,6 +168,16 @@ class Watch:
         if stack is not None:
             stack.close()
 
+    def _linear_readings(self) -> dict[str, Tensor]:
+        return self._linears.tensors() if self._linears is not None and self._linears_heard else {}
+
+    def _close_linears(self) -> None:
+        """The backward pass of the measured forward is over: take its readings and the hooks off."""
+        if self._linears is not None:
+            self._newest |= self._linear_readings()
+            self._linears_heard = False
+            self._linears.close()
+
     def _deaf(self) -> None:
         if not (self._sites.linears or self._sites.blocks):
             return  # said already: there is nothing to hear
@@ -159,7 +188,14 @@ class Watch:
         )
 
 
-def watch(model: nn.Module, every: int = 10, loss: Callable[[Any], Tensor] | None = None, *, rows: int = 2) -> Watch:
+def watch(
+    model: nn.Module,
+    every: int = 10,
+    loss: Callable[[Any], Tensor] | None = None,
+    *,
+    rows: int = 2,
+    linears: bool = False,
+) -> Watch:
     """Measure every layer of ``model`` every ``every`` training steps; signals only, nothing is changed.
 
     Args:
@@ -168,21 +204,17 @@ def watch(model: nn.Module, every: int = 10, loss: Callable[[Any], Tensor] | Non
         loss: finds the loss in the model's output; by default it is looked for (``extract_loss``). The readings then
             include ``loss``, of the measured micro-batch.
         rows: sequences of a batch whose attention is measured.
+        linears: also measure the norms of every linear layer's output, input, input gradient and weight.
 
     Raises:
         UserError: ``every`` or ``rows`` below 1.
     """
     if every < 1 or rows < 1:
         raise UserError(f"every is {every} and rows is {rows}; give whole numbers of at least 1")
-    return Watch(model, every, loss, rows)
+    return Watch(model, every, loss, rows, linears)
 
 
 def _witnesses(model: nn.Module) -> list[nn.Parameter]:
     """Return a few trainable parameters, spread over the model; some of them change at every step."""
     params = [p for p in model.parameters() if p.requires_grad]
     return params[:: max(1, len(params) // 4)]
-
-
-def _in_backward() -> bool:
-    """Whether a backward pass is running in this thread: then a forward is a recomputation."""
-    return torch._C._current_graph_task_id() != -1

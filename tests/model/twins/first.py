@@ -1,0 +1,40 @@
+"""Twins of qk_norm, z_loss, embed_norm and embed_scale."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+import numpy as np
+
+_here = sys.modules["poise_twins.twin"]
+reference_decoder = _here.module("reference_decoder")
+Reference, Twin, logsumexp = reference_decoder.Reference, _here.Twin, reference_decoder.logsumexp
+
+
+class QKNorm(Reference):
+    def shape_qkv(self, q_HTK, k_GTK, v_GTK, a_TD):
+        return self.norm(q_HTK, self.at + "attn.qk.q"), self.norm(k_GTK, self.at + "attn.qk.k"), v_GTK
+
+
+class ZLoss(Reference):
+    def terms(self, logits_TV):
+        return 1e-4 * (logsumexp(logits_TV) ** 2).mean()
+
+
+class EmbedNorm(Reference):
+    def embed(self, ids):
+        return self.norm(super().embed(ids), "embed_out")
+
+
+class EmbedScale(Reference):
+    def embed(self, ids):
+        return np.sqrt(self.spec.d_model) * super().embed(ids)
+
+
+TWINS: Final = {
+    "qk_norm": Twin(QKNorm),
+    "z_loss": Twin(ZLoss, identity=("z_loss:coefficient=0",)),
+    "embed_norm": Twin(EmbedNorm),
+    "embed_scale": Twin(EmbedScale, identity=("embed_scale:factor=1",)),
+}
