@@ -122,7 +122,7 @@ def test_every_method_has_card_and_docs_line() -> None:
 
 def test_every_model_method_file_is_registered() -> None:
     files = {p.stem for p in (SOURCE / "model" / "methods").glob("*.py")} - {"__init__", "__main__"}
-    assert set(methods.METHODS.values()) == files
+    assert set(methods.METHODS) == files
     assert {card.name for card in methods.cards()} == set(methods.METHODS)
 
 

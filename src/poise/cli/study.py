@@ -81,6 +81,8 @@ def _help() -> str:
 
 
 def _lr_sensitivity(words: Sequence[str]) -> int:
+    from poise.studies.sizes import SIZES
+
     parser = Parser(
         "study lr-sensitivity",
         "Train every arm at every learning rate with several seeds, and tell how much a wrong rate costs (Wortsman et "
@@ -93,7 +95,7 @@ def _lr_sensitivity(words: Sequence[str]) -> int:
         "--lrs", metavar="GRID", default="3e-4:3e-1:7", help="first:last:points or a list (default 3e-4:3e-1:7)"
     )
     parser.add_argument("--seeds", metavar="N", default="3", help="seeds 0 to N - 1 (default 3)")
-    parser.add_argument("--size", default="1m", help="tiny, 1m or 10m (default 1m)")
+    parser.add_argument("--size", default="1m", help=f"{', '.join(SIZES)} (default 1m)")
     parser.add_argument("--hypothesis", metavar="TEXT", default="", help="what you expect; declared before any run")
     parser.add_argument("--out", metavar="DIR", help="the study's folder (default: studies/lr-sensitivity)")
     parser.add_argument("--workers", metavar="N", default="0", help="processes (default: one a usable core)")

@@ -46,7 +46,6 @@ _NAMES = {
     "Chain": "poise.optim.chain",
     "GradChain": "poise.optim.grad_chain",
     "Adapted": "poise.optim.adapt",
-    # optimizers
     "ADOPT": "poise.optim.optimizers",
     "AdEMAMix": "poise.optim.optimizers",
     "Adafactor": "poise.optim.optimizers",
@@ -83,7 +82,6 @@ _NAMES = {
     "Cautious": "poise.optim.wrap.cautious",
     "LowPrecisionStates": "poise.optim.wrap.low_precision",
     "MomentReset": "poise.optim.wrap.moment_reset",
-    # clippers and update shaping
     "AGC": "poise.optim.shape.agc",
     "AdaClip": "poise.optim.shape.adaclip",
     "AdaGC": "poise.optim.shape.adagc",

@@ -35,11 +35,17 @@ SIZES: Final[Mapping[str, Mapping[str, Any]]] = {
         "optim": {"schedule": {"warmup_steps": 10}},
         "train": {"steps": 100, "batch_size": 8, "seq_len": 32, "eval_batches": 8},
     },
-    "1m": {  # six blocks, so that methods about depth can act
-        "model": {"n_layers": 6, "d_model": 96, "n_heads": 4},
+    "proxy": {  # 0.4M parameters, about ten seconds; six blocks, so that methods about depth can act
+        "model": {"n_layers": 6, "d_model": 64, "n_heads": 2},
         "data": {"vocab_size": 1024},
         "optim": {"schedule": {"warmup_steps": 30}},
-        "train": {"steps": 300, "batch_size": 8, "seq_len": 128, "eval_every": 100, "eval_batches": 16},
+        "train": {"steps": 300, "batch_size": 8, "seq_len": 64, "eval_batches": 32},
+    },
+    "1m": {  # about a minute
+        "model": {"n_layers": 6, "d_model": 96, "n_heads": 3},
+        "data": {"vocab_size": 2048},
+        "optim": {"schedule": {"warmup_steps": 60}},
+        "train": {"steps": 600, "batch_size": 8, "seq_len": 128, "eval_every": 200, "eval_batches": 16},
     },
     "10m": {
         "model": {"n_layers": 8, "d_model": 320, "n_heads": 5},

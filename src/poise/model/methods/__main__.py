@@ -2,6 +2,6 @@
 
 import sys
 
-from poise.model.methods import table_markdown
+from poise.model.methods_page import table_markdown
 
 sys.stdout.write(table_markdown())
