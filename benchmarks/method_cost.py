@@ -33,10 +33,25 @@ from poise.train.recipe import OptimConfig
 GOAL = 1.03
 """Goal for norms and gates."""
 
-NORMS_AND_GATES = (
-    "qk_norm qkv_norm qk_fc_norm embed_norm post_ln peri_ln sandwich_ln olmo2_norm mix_ln hybrid_norm deep_norm sub_ln "
-    "layer_norm_scaling gated_attention gated_attention:score=headwise layer_scale value_residual"
-).split()
+NORMS_AND_GATES = [
+    "qk_norm",
+    "qkv_norm",
+    "qk_fc_norm",
+    "embed_norm",
+    "post_ln",
+    "peri_ln",
+    "sandwich_ln",
+    "olmo2_norm",
+    "mix_ln",
+    "hybrid_norm",
+    "deep_norm",
+    "sub_ln",
+    "layer_norm_scaling",
+    "gated_attention",
+    "gated_attention:score=headwise",
+    "layer_scale",
+    "value_residual",
+]
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul")
 

@@ -9,29 +9,21 @@ parity   the loss of the model equals a plain NumPy transcription of the whole f
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.model.reference_decoder import Reference
+from tests.model.twin import all_twins
 
 from poise.model.build import build
 from poise.model.methods import METHODS, apply_methods, load
 from poise.model.spec import Spec
 
-_path = Path(__file__).parent / "twin.py"
-_spec = importlib.util.spec_from_file_location("poise_twins.twin", _path)
-assert _spec is not None and _spec.loader is not None
-twin = importlib.util.module_from_spec(_spec)
-sys.modules["poise_twins.twin"] = twin
-_spec.loader.exec_module(twin)
-
 TINY = Spec(vocab_size=31, seq_len=12, n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_ff=24)
 
-TWINS = twin.all_twins()
+TWINS = all_twins()
 NAMES = [name for name in METHODS if name in TWINS]
 
 
@@ -139,7 +131,7 @@ def parity(spec: Spec, reference: type, outside: tuple[str, ...], tolerance: flo
 
 def test_the_plain_decoder_equals_its_transcription() -> None:
     for changes in ({}, {"tied": False}):
-        parity(replace(TINY, **changes), twin.module("reference_decoder").Reference, (), 1e-12)
+        parity(replace(TINY, **changes), Reference, (), 1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

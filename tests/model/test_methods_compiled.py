@@ -22,7 +22,9 @@ def two_steps(model: Decoder) -> dict[str, Tensor]:
         out = model(IDS_BT, (IDS_BT * 7 + step) % 13)
         out.loss.backward()
         found |= {f"{step} {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        found |= {f"{step} {name}": b.clone() for name, b in model.named_buffers()} | {f"{step} loss": out.loss.detach()}
+        found |= {f"{step} {name}": b.clone() for name, b in model.named_buffers()} | {
+            f"{step} loss": out.loss.detach()
+        }
     return found
 
 

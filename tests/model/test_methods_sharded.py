@@ -65,4 +65,6 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
             assert "failed" not in rank[name], f"{name}: {rank[name]}"
             assert rank[name].keys() == alone.keys(), name
             for key, value in alone.items():
-                torch.testing.assert_close(rank[name][key], value, rtol=2e-5, atol=2e-6, msg=lambda m, at=(name, key): f"{at}: {m}")
+                torch.testing.assert_close(
+                    rank[name][key], value, rtol=2e-5, atol=2e-6, msg=lambda m, at=(name, key): f"{at}: {m}"
+                )

@@ -5,15 +5,13 @@ Shapes: B batch, T positions, D width, H query heads, G key/value heads, K head 
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.model.twins import placement
 from torch import Tensor
 
 from poise.core.errors import Conflict, UserError
@@ -179,16 +177,6 @@ def test_the_number_of_gains_is_the_one_the_cards_give(words, gains_a_block, out
 # --- settings that have no twin: parity with their transcription ---
 
 
-def twins() -> Any:
-    """The transcriptions beside this file."""
-    if "poise_twins.twin" not in sys.modules:
-        found = importlib.util.spec_from_file_location("poise_twins.twin", Path(__file__).parent / "twin.py")
-        assert found is not None and found.loader is not None
-        sys.modules["poise_twins.twin"] = importlib.util.module_from_spec(found)
-        found.loader.exec_module(sys.modules["poise_twins.twin"])
-    return sys.modules["poise_twins.twin"].module("twins/placement")
-
-
 @pytest.mark.parametrize(
     ("words", "reference"),
     [
@@ -203,7 +191,7 @@ def test_settings_equal_their_transcription(words, reference):
     model = shake(build(apply_methods(TINY, [words]), seed=3, compute_dtype=torch.float64))
     inputs_BT, targets_BT = batch(TINY, rows=1)
     weights = {key: value.numpy() for key, value in model.state_dict().items()}
-    wanted = getattr(twins(), reference)(weights, model.spec).loss(inputs_BT[0].numpy(), targets_BT[0].numpy())
+    wanted = getattr(placement, reference)(weights, model.spec).loss(inputs_BT[0].numpy(), targets_BT[0].numpy())
     assert model(inputs_BT, targets_BT).loss.item() == pytest.approx(wanted, rel=1e-11)
 
 

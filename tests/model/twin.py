@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 HERE = Path(__file__).parent
-
-
-def module(name: str) -> ModuleType:
-    """Load a file beside this one, e.g. ``reference_decoder`` or ``twins/norms``; the same module every time."""
-    known = f"poise_twins.{name}"
-    if known not in sys.modules:
-        found = importlib.util.spec_from_file_location(known, HERE / f"{name}.py")
-        assert found is not None and found.loader is not None
-        loaded = importlib.util.module_from_spec(found)
-        sys.modules[known] = loaded
-        found.loader.exec_module(loaded)
-    return sys.modules[known]
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,7 @@ def all_twins() -> dict[str, Twin]:
     """Return the twins of all files in ``twins/``."""
     found: dict[str, Twin] = {}
     for path in sorted((HERE / "twins").glob("*.py")):
-        for name, twin in module(f"twins/{path.stem}").TWINS.items():
+        for name, twin in importlib.import_module(f"tests.model.twins.{path.stem}").TWINS.items():
             assert name not in found, f"two twins for '{name}'"
             found[name] = twin
     return found

@@ -138,7 +138,9 @@ def dtypes(model: Decoder) -> dict[str, torch.dtype]:
     sites = {name: tap for name, tap in model.taps().items() if name.endswith((".q", "mlp_hidden", "final"))}
     sites |= {f"after {n}": block for n, block in enumerate(model.trunk.blocks)}  # type: ignore[arg-type]
     handles = [
-        module.register_forward_hook(lambda m, a, out, name=name: found.update({name: (out[0] if isinstance(out, tuple) else out).dtype}))
+        module.register_forward_hook(
+            lambda m, a, out, name=name: found.update({name: (out[0] if isinstance(out, tuple) else out).dtype})
+        )
         for name, module in sites.items()
     ]
     model(INPUTS, TARGETS).loss.backward()

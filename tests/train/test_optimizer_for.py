@@ -43,7 +43,7 @@ def test_muon_has_no_use_for_adams_shares() -> None:
 
 
 def test_ngpt_weights_stay_on_the_sphere() -> None:
-    model, optimizer = step("ngpt")
+    model, _ = step("ngpt")
     roles = model.roles()
     for name, p in model.named_parameters():
         if roles[name] in ("qkv", "mlp_in", "embedding", "head"):

@@ -6,7 +6,11 @@ import inspect
 
 from poise.model.methods import METHODS, cards, load
 
-SAID = {"Attention path": "KERNEL", "Changes the meaning of the learning rate": "CHANGES_LR", "Shows later": "ACTS_LATER"}
+SAID = {
+    "Attention path": "KERNEL",
+    "Changes the meaning of the learning rate": "CHANGES_LR",
+    "Shows later": "ACTS_LATER",
+}
 """What a method's file may say besides its card: title on the page -> name of the constant."""
 
 

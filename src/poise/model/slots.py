@@ -28,8 +28,8 @@ from poise.model.spec import Part
 
 Builder = Callable[..., Any]
 """``builder(place, ...)``; norms take also ``dim``, linears ``d_in, d_out, role``, scores ``scale``; then the part's
-fields. A module, or for ``attn_scale`` a float, for ``init`` an ``Init``, for ``residual_init`` and ``embed_std`` a float
-or ``None``, for ``lr_scales`` an ``LrScale``."""
+fields. A module, or for ``attn_scale`` a float, for ``init`` an ``Init``, for ``residual_init`` and ``embed_std`` a
+float or ``None``, for ``lr_scales`` an ``LrScale``."""
 
 
 class LrScale(Protocol):

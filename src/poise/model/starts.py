@@ -23,7 +23,7 @@ MATRICES: Final = ("qkv", "attn_out", "mlp_in", "mlp_out", "embedding", "head")
 
 
 class Stds:
-    """The standard deviation of each role at the start, from the slots ``init``, ``residual_init`` and ``embed_std``."""
+    """The standard deviation of each role at the start: slots ``init``, ``residual_init`` and ``embed_std``."""
 
     def __init__(self, spec: Spec) -> None:
         place = Place(spec)
@@ -41,8 +41,8 @@ class Stds:
 def stds(spec: Spec) -> dict[str, float]:
     """Return the standard deviation at the start of every matrix of ``spec`` by role.
 
-    Shared matrices come as their shares: ``q``, ``k``, ``v``, and with SwiGLU ``mlp_gate`` and ``mlp_up``. A tied head is
-    the embedding. Matrices that a method adds, or whose values a method decides by itself, are not among them.
+    Shared matrices come as their shares: ``q``, ``k``, ``v``, and with SwiGLU ``mlp_gate`` and ``mlp_up``. A tied head
+    is the embedding. Matrices that a method adds, or whose values a method decides by itself, are not among them.
 
     >>> from poise.model.presets import PRESETS
     >>> {role: round(std, 4) for role, std in stds(PRESETS["7m"]).items()}["mlp_out"]

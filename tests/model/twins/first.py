@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Final
 
 import numpy as np
-
-_here = sys.modules["poise_twins.twin"]
-reference_decoder = _here.module("reference_decoder")
-Reference, Twin, logsumexp = reference_decoder.Reference, _here.Twin, reference_decoder.logsumexp
+from tests.model.reference_decoder import Reference, logsumexp
+from tests.model.twin import Twin
 
 
 class QKNorm(Reference):

@@ -6,14 +6,11 @@ Shapes: as in ``reference_decoder``.
 
 from __future__ import annotations
 
-import sys
 from typing import Final
 
 import numpy as np
-
-_here = sys.modules["poise_twins.twin"]
-reference_decoder = _here.module("reference_decoder")
-Reference, Twin, sigmoid = reference_decoder.Reference, _here.Twin, reference_decoder.sigmoid
+from tests.model.reference_decoder import Reference, sigmoid
+from tests.model.twin import Twin
 
 HIDDEN: Final = ("attn.qkv.weight", "attn.out.weight", "mlp.inner.weight", "mlp.out.weight")
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Final
 
 import numpy as np
+from tests.model.reference_decoder import Reference
+from tests.model.twin import Twin
 
 from poise.model.spec import Part
-
-_here = sys.modules["poise_twins.twin"]
-reference_decoder = _here.module("reference_decoder")
-Reference, Twin, logsumexp = reference_decoder.Reference, _here.Twin, reference_decoder.logsumexp
 
 
 class SoftTemp(Reference):

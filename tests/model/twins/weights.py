@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Final
 
 import numpy as np
+from tests.model.reference_decoder import Reference
+from tests.model.twin import Twin
 
 from poise.model.spec import Part
-
-_here = sys.modules["poise_twins.twin"]
-reference_decoder = _here.module("reference_decoder")
-Reference, Twin = reference_decoder.Reference, _here.Twin
 
 MATRICES: Final = ("attn.qkv.weight", "attn.out.weight", "mlp.inner.weight", "mlp.out.weight")
 RESIDUAL: Final = ("attn.out.weight", "mlp.out.weight")
