@@ -30,6 +30,7 @@ FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
     "restart": ("step", "reason"),
     "rollback": ("step", "to"),
     "layers": ("step", "readings"),
+    "linears": ("step", "readings"),
     "verdict": ("step", "cause", "certainty", "evidence"),
     "end": ("step", "reason"),
 }

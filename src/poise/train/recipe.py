@@ -93,6 +93,9 @@ class TrainConfig:
     """Budget, batch and habits of the run.
 
     ``batch_size`` counts sequences per step over all ranks; ``micro_batch = 0`` means all of a rank's at once.
+    Every ``linear_norms_every`` steps (0: never) the norms of each linear layer's input, output, weight and input
+    gradient are journalled. ``recompute`` forgets the activations inside each block and computes them again in the
+    backward pass (activation checkpointing): less memory, about a third more time.
     ``compile = auto`` compiles the trunk when the run is long enough to repay about half a minute of
     compilation; ``dtype = auto`` computes in bf16 where the machine multiplies it fast, else in fp32.
     """
@@ -106,6 +109,8 @@ class TrainConfig:
     save_every: int = 50
     keep_last: int = 3
     keep_best: int = 1
+    linear_norms_every: int = 0
+    recompute: bool = False
     compile: Literal["auto", "on", "off"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     threads: int = 0
@@ -114,7 +119,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "seq_len", "keep_last", "eval_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("micro_batch", "eval_every", "save_every", "keep_best", "threads"):
+        for name in ("micro_batch", "eval_every", "save_every", "keep_best", "linear_norms_every", "threads"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be 0 (off) or more")
         most = 4 * (os.cpu_count() or 1)

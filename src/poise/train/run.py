@@ -23,6 +23,7 @@ from poise.data.loader import Loader
 from poise.data.prepare import prepare
 from poise.data.store import Tokens, is_prepared, open_tokens
 from poise.guard.guard import build as build_guard
+from poise.guard.signals.linears import LinearNorms
 from poise.hardware import compiler, distributed, environment, precision, sharding, throughput
 from poise.hardware.checkpoint import CheckpointStore
 from poise.model.build import build as build_model
@@ -232,6 +233,7 @@ def _assemble(
     spec = recipe.spec(tokens.vocab_size)
     dtype = precision.pick_dtype(config.dtype, world.device)
     model = build_model(spec, seed=recipe.seed, device=world.device, compute_dtype=dtype)
+    model.recompute_blocks(config.recompute)
     if config.compile == "on":
         model.compile_trunk()
     sharding.shard(model, list(model.trunk.blocks), world, dtype)
@@ -262,6 +264,8 @@ def _assemble(
         observers=list(observers) if world.rank == 0 else [],
     )
     run.host = TrainHost(run)
+    if config.linear_norms_every:
+        run.linears = LinearNorms(model, config.linear_norms_every)
     run.senses = Senses(run, recipe.guard.every) if recipe.guard.enabled else Blind(run)
     run.guard = build_guard(recipe.guard, store.latest, examine=run.senses.examine)
     return run

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from poise.core.journal import Journal, read, timeline
 from poise.core.types import Batch, Decision, Rollback, Signals, Verdict, Watch
 from poise.data.loader import Loader
 from poise.guard.guard import Guard
+from poise.guard.signals.linears import LinearNorms
 from poise.hardware import distributed
 from poise.hardware.checkpoint import CheckpointStore, Loaded, Saved
 from poise.hardware.distributed import World, mean_over_ranks
@@ -96,6 +98,8 @@ class Run:
     position: Position = field(default_factory=Position)
     host: Host = field(init=False)
     senses: Senses = field(init=False)
+    linears: LinearNorms | None = None
+    linear_norms: dict[str, float] = field(default_factory=dict)
     halted: str | None = None
     last_layers: dict[str, float] = field(default_factory=dict)
     first_sample: int = 0
@@ -125,8 +129,9 @@ class Run:
         position.next_sample += config.batch_size
         position.tokens += self.recipe.tokens_per_step
         first = self.own_first(self.first_sample)
-        for start in range(first, first + self._per_rank, self.micro_batch):
-            yield self.loader.batch(start, self.micro_batch)
+        with nullcontext() if self.linears is None else self.linears.step(position.step):
+            for start in range(first, first + self._per_rank, self.micro_batch):
+                yield self.loader.batch(start, self.micro_batch)
 
     def own_first(self, sample: int) -> int:
         """This rank's first sample of the step that begins with ``sample``."""
@@ -146,7 +151,10 @@ class Run:
         self.senses.saw(batch, out)
 
     def read_signals(self) -> Signals:
-        """Return what the guard decides by, equal on all ranks. The step's only wait for the device."""
+        """Return what the guard decides by, equal on all ranks. The step's only wait for the device, but for norms of
+        linear layers where they are asked for."""
+        measured = self.linears is not None and self.linears.measured == self.position.step
+        self.linear_norms = self.linears.readings() if self.linears is not None and measured else {}
         return self.senses.read()
 
     def record(self, signals: Signals, decision: Decision) -> None:
@@ -177,6 +185,8 @@ class Run:
         places = {name: value for name, value in signals.extra.items() if "@" in name} | self.guard.measured
         if places and (critical or self.senses.measures(signals.step)):
             self.journal.write("layers", step=signals.step, readings=places)
+        if self.linear_norms:
+            self.journal.write("linears", step=signals.step, readings=self.linear_norms)
         for alarm in decision.alarms:
             self.journal.write("event", **asdict(alarm))
         self._record_verdict(signals.step, decision.verdict)

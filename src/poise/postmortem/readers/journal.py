@@ -45,7 +45,7 @@ def read(source: Source) -> Iterator[Row | Rewound]:
                 yield _numbers(record)
             case "eval":
                 yield {STEP: float(record["step"])} | _only(VAL_LOSS, record[LOSS])
-            case "layers":
+            case "layers" | "linears":
                 yield _numbers(record)
             case "rollback":
                 yield Rewound(int(record["to"]))
