@@ -30,11 +30,28 @@ def main(words: Sequence[str]) -> int:
     elif arguments.what:
         for field in dataclasses.fields(Card):
             print(f"{field.name + ':':<10} {getattr(cards[name], field.name)}")
+        for title, text in _more(cards[name]):
+            print(f"{title}: {text}")
     else:
         width = max(map(len, cards))
         for card in cards.values():
             print(f"{card.name:<{width}}  {card.kind:<9}  {card.title}")
     return 0
+
+
+def _more(card: Card) -> list[tuple[str, str]]:
+    """Return what a model method's file says besides its card."""
+    if card.kind != "model":
+        return []
+    from poise.model import methods, methods_page
+
+    settings = ", ".join(f"{name}={value}" for name, value in methods_page.settings(card.name)) or "none"
+    excluded = methods.load(card.name).EXCLUDES.items()
+    return [
+        ("settings", settings),
+        *((title.lower(), text) for title, text in methods_page.said(card.name)),
+        *((f"not with {other}", why) for other, why in excluded),
+    ]
 
 
 def all_cards() -> dict[str, Card]:

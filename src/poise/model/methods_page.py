@@ -14,6 +14,18 @@ SAID = {
 """What a method's file may say besides its card: title on the page -> name of the constant."""
 
 
+def settings(name: str) -> list[tuple[str, object]]:
+    """Return a method's settings with their defaults."""
+    parameters = inspect.signature(load(name).apply).parameters.values()
+    return [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def said(name: str) -> list[tuple[str, str]]:
+    """Return what a method's file says besides its card: (title, text)."""
+    found = [(title, getattr(load(name), constant, "")) for title, constant in SAID.items()]
+    return [(title, text) for title, text in found if text]
+
+
 def table_markdown() -> str:
     """Return the page of all methods, as ``docs/methods.md`` holds it."""
     rows = [f"| [`{c.name}`](#{c.name}) | {METHODS[c.name]} | {c.title} | {c.acts} | {c.cost} |" for c in cards()]
@@ -27,8 +39,6 @@ def table_markdown() -> str:
         *rows,
     ]
     for card in cards():
-        signature = inspect.signature(load(card.name).apply)
-        settings = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
         lines += [
             "",
             f"## {card.name}",
@@ -36,14 +46,12 @@ def table_markdown() -> str:
             f"{card.title}. {card.citation}.",
             "",
             f"- Formula: `{card.formula}`",
-            f"- Settings: {', '.join(f'`{p.name}={p.default}`' for p in settings) or 'none'}",
+            f"- Settings: {', '.join(f'`{name}={value}`' for name, value in settings(card.name)) or 'none'}",
             f"- Acts: {card.acts}",
             f"- Cost: {card.cost}",
             f"- Off: {card.off}",
             f"- Differs from the paper in: {card.differs}",
         ]
-        for title, constant in SAID.items():
-            if said := getattr(load(card.name), constant, ""):
-                lines.append(f"- {title}: {said}")
+        lines += [f"- {title}: {text}" for title, text in said(card.name)]
         lines += [f"- Not with `{other}`: {why}" for other, why in load(card.name).EXCLUDES.items()]
     return "\n".join(lines) + "\n"
