@@ -144,6 +144,6 @@ def test_every_method_has_its_twin_and_a_full_header() -> None:
     assert set(TWINS) == set(METHODS)
     for name in METHODS:
         header = load(name).__doc__ or ""
-        for word in ("Citation:", "Formula:", "Differs from the paper in:", "Cost:", "Acts:", "Off:"):
+        for word in ("Citation:", "Formula:", "Differs from the paper in:", "Cost:", "Acts:", "Off:", "Numerics:"):
             assert word in header, f"{name}: the header lacks '{word}'"
         assert load(name).CARD.name == name and load(name).CARD.kind == "model"

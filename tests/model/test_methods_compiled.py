@@ -54,7 +54,7 @@ def compiled_equals_eager(name: str, backend: str) -> None:
 @pytest.mark.filterwarnings("ignore")  # what the compiler warns of is its own
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_traces_as_one_graph(name: str) -> None:
-    compiled_equals_eager(name, "aot_eager")
+    compiled_equals_eager(name, "eager")
 
 
 @pytest.mark.slow

@@ -70,6 +70,8 @@ UNUSED: Final[Mapping[str, str]] = {
     "train.save_every": "a cell keeps its own state",
     "train.keep_last": "a cell keeps its own state",
     "train.keep_best": "a cell keeps its own state",
+    "train.linear_norms_every": "a cell keeps no journal",
+    "train.recompute": "cells are too small for it",
     "train.threads": "use --threads",
 }
 """Recipe keys that a cell does not read, and why; they are not part of its key."""

@@ -12,7 +12,7 @@ Cost: H parameters a block. On a GPU flex_attention and its log-sum-exp; on a CP
 Acts: in every block, every step, in the normaliser of the attention softmax.
 Off: leave `attention_sink` out of the methods. A logit of -inf would be the same.
 
-In bf16 the logits, the softmax and the sink's share are in fp32.
+Numerics: in bf16 the logits, the softmax and the sink's share are in fp32.
 There is another way to the same numbers: a key of zeros with a value of zeros in front, and one more coordinate of
 queries and keys that carries s_h, so that a fused kernel serves. It copies queries, keys and values, widens the heads
 past their power of two and rounds s_h to bf16; the blocks take about as long as the fused kernel alone.

@@ -13,6 +13,7 @@ Cost: one multiplication of (B, T, D) a branch.
 Acts: in every residual connection, at the start, and in the learning rates (`Decoder.lr_multipliers`). Weight decay
     times learning rate stays what it was.
 Off: leave `depth_mup` out of the methods, or base_depth = N.
+Numerics: the factor is a Python number; in bf16 the product is rounded once.
 
 With `mup` both factors multiply.
 """

@@ -13,7 +13,8 @@ Acts: wherever the model has a norm, with the fields of its place.
 Off: leave `dyt` out of the methods.
 
 Not a stability method: it has been reported to need smaller learning rates than norms do. It is here to be compared.
-tanh is computed in at least fp32. Shapes: ... any, D last dimension.
+Numerics: tanh is computed in at least fp32.
+Shapes: ... any, D last dimension.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Differs from the paper in: nothing known. With a tied head the part of the gradi
 Cost: one multiplication of (B, T, D) in the backward pass.
 Acts: in the backward pass, between the first block and the embedding.
 Off: leave `embed_detach` out of the methods, or gamma = 1.
+Numerics: forward a view of the rows; the gradient is multiplied in the embedding's own dtype, fp32.
 
 Kept as a negative control: Takase et al. find that it does not remove spikes, because the gradients inside the blocks
 stay what they were.

@@ -8,6 +8,7 @@ Differs from the paper in: the norm is the model's own (RMSNorm by default; the 
 Cost: D parameters; one norm of (B, T, D) forward and backward.
 Acts: once, between the embedding and the first block. A tied head is not normalised.
 Off: leave `embed_norm` out of the methods.
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, D width.
 """

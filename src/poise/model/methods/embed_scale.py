@@ -8,6 +8,7 @@ Differs from the paper in: nothing known; the paper combines it with the initial
 Cost: one multiplication of (B, T, D).
 Acts: once, between the embedding and the first block. Never on the head, tied or not.
 Off: leave `embed_scale` out of the methods, or factor = 1.
+Numerics: the product is in the embedding's own dtype, fp32, before the stream is rounded to the compute dtype.
 
 Shapes: B batch, T positions, D width.
 """

@@ -9,6 +9,7 @@ Cost: none. Adam's step on the embedding stays the learning rate, relative to la
     step on x_0 is sqrt(D) times larger, the embedding turns slowly.
 Acts: once, before the first step.
 Off: leave `embed_std` out of the methods.
+Numerics: starting values are drawn in fp32; nothing happens in training.
 
 A tied head is the embedding: its logits start with a deviation of std · sqrt(D), and the first loss lies about
 std² · D / 2 above log V. More than 2 for that deviation is refused (our bound; the paper says nothing about it).

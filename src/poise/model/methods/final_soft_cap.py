@@ -8,7 +8,7 @@ Acts: on the output logits, every step, before the softmax. With a cap of c over
     1 / (1 + (V - 1) exp(-2 c)), and the gradient of a logit near the cap vanishes.
 Off: leave `final_soft_cap` out of the methods. No finite cap is bit-equal to none.
 
-In bf16 the tanh is in fp32, on logits that come from a bf16 product.
+Numerics: in bf16 the tanh is in fp32, on logits that come from a bf16 product.
 
 Shapes: R rows, V vocabulary.
 """

@@ -11,6 +11,7 @@ Differs from the paper in: the norm is the model's own; the initialisation is a 
 Cost: 3 K + D parameters a block in place of 2 D; three small norms in place of a large one.
 Acts: in every block: on q and k before RoPE, on v, and on the stream after attention's addition.
 Off: leave `hybrid_norm` out of the methods.
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, D width, K head width.
 """

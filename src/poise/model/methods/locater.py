@@ -13,6 +13,7 @@ Acts: in the loss, every step, evaluation too; reported apart from the cross-ent
     themselves: without RoPE, 1 / sqrt(K) and the gain of the norm before. Grouped queries: each with the key head that
     it shares.
 Off: leave `locater` out of the methods, or coefficient = 0.
+Numerics: the penalty is computed in at least fp32, of the weights before they are cast.
 
 c is read in the first forward pass in training mode, since the penalty sees the matrices only there, and then saved
 with the model; in evaluation before it, c is the value of the moment. The identities are those of

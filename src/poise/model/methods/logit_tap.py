@@ -9,6 +9,7 @@ Cost: a second product of queries and keys, forward only, a few rows at a time i
     logits at most, or one row); H numbers a block.
 Acts: in every block, in forward passes of training (`model.train()`). It changes neither loss nor gradients.
 Off: leave `logit_tap` out of the methods.
+Numerics: logits are computed in at least fp32 from queries and keys in the compute dtype.
 
 `readings(model)` returns the largest logits by block, `reset(model)` forgets them: whoever uses them resets once a
 step, so that they are the largest of all micro-batches. They are of this rank alone; reduce them with MAX over ranks.

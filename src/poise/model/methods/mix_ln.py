@@ -11,6 +11,7 @@ Cost: none: as many norms and parameters as Pre-LN.
 Acts: in every block. The Post-LN blocks are the fragile part: a later paper (arXiv 2502.05795) reports divergence at
     350M and 1B parameters.
 Off: leave `mix_ln` out of the methods, or a = 0 (all blocks Pre-LN).
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, D width, N blocks.
 """

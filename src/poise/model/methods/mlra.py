@@ -12,6 +12,7 @@ Cost: with rank r, r (D + rows) parameters and multiplications in place of D · 
     projections as many as without; six small matrix products in place of one.
 Acts: in every block, on the projections to queries, keys and values; other matrices are plain.
 Off: leave `mlra` out of the methods.
+Numerics: both products are in the compute dtype, what is between them rounded to it.
 
 Shapes: D width, r rank, O rows of all three projections.
 """

@@ -15,6 +15,7 @@ Cost: one multiplication of (B, T, D) before the head.
 Acts: at the start, in the attention scale, before the head, and in the learning rates (`Decoder.lr_multipliers`),
     which whoever builds the optimizer has to apply. Weight decay times learning rate stays what it was (as MuAdamW).
 Off: leave `mup` out of the methods, or base_width = D.
+Numerics: multipliers are Python numbers; in bf16 the hidden states before the head are rounded once.
 
 The deviations of the base model are those of the initialisation that the spec has when the method is applied
 (`default`, or `small` at the base's width).

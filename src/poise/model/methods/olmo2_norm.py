@@ -10,6 +10,7 @@ Cost: 2 D parameters a block; two norms: what Pre-LN costs.
 Acts: in every block on the output of attention and MLP. Nothing normalises what a branch reads: its matrix products see
     the residual stream as large as it is.
 Off: leave `olmo2_norm` out of the methods.
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, D width.
 """

@@ -13,7 +13,8 @@ Cost: one pass over the (V, D) matrix forward and backward.
 Acts: in the head, every step.
 Off: leave `output_centering` out of the methods.
 
-The mean is computed in at least fp32. Shapes: V vocabulary, D width.
+Numerics: the mean is computed in at least fp32.
+Shapes: V vocabulary, D width.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Differs from the paper in: the norm is the model's own (RMSNorm by default). The
 Cost: two more norms and 2 D more parameters a block than Pre-LN, and one norm of the embedding.
 Acts: in every block on both branches' input and output, and once after the embedding.
 Off: leave `peri_ln` out of the methods.
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, D width.
 """

@@ -7,6 +7,7 @@ Cost: 2 D parameters a block; two norms.
 Acts: in every block, on the input of attention and MLP. It is what the decoder does by itself: naming it makes the
     choice explicit, and a second placement method in the same recipe a Conflict.
 Off: leave `pre_ln` out of the methods; with branch_in = none in the spec the block has no norm.
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, D width.
 """

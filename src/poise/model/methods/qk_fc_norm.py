@@ -9,6 +9,7 @@ Cost: 2 K + 2 D parameters a block on top of Pre-LN's; two more norms and two sm
 Acts: in every block: on q and k before RoPE, and on the output of attention and MLP. The norms before the branches
     stay. Reported not to raise the highest stable learning rate above QK-norm's.
 Off: leave `qk_fc_norm` out of the methods.
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, D width, K head width.
 """

@@ -13,6 +13,7 @@ Cost: 2 K parameters a block, (H + G) K with over = width; two small norms forwa
     tensor-parallel split of the heads would have to sum the squares over its ranks.
 Acts: in every block, on each head's queries and keys, before RoPE (which keeps their length).
 Off: leave `qk_norm` out of the methods.
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, H query heads, G key/value heads, K head width.
 """

@@ -11,6 +11,7 @@ Cost: 3 K parameters a block in place of D; three small norms in place of one la
 Acts: in every block: on q and k before RoPE, on v, and on what attention reads (the residual stream as it is: in bf16
     its matrix product sees the stream's full size).
 Off: leave `qkv_norm` out of the methods.
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, D width, G key/value heads, K head width.
 """

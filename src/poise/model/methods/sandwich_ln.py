@@ -8,6 +8,7 @@ Differs from the paper in: our interpretation: the block equation is that of Per
 Cost: 2 D parameters a block on top of Pre-LN's; two more norms a block.
 Acts: in every block on both branches' input and output.
 Off: leave `sandwich_ln` out of the methods.
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, D width.
 """

@@ -9,6 +9,7 @@ Acts: once, before the first step. The house's default initialisation does it by
     list of methods and keeps others from changing it. It acts where the initialisation does not (`default` with
     `scale_residual=false`).
 Off: leave `scaled_init` out of the methods, and have an initialisation that does not scale residual outputs.
+Numerics: starting values are drawn in fp32; nothing happens in training.
 
 Shapes: N number of blocks.
 """

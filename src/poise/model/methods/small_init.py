@@ -8,6 +8,7 @@ Differs from the paper in: normal values are cut off at three deviations, as all
 Cost: none.
 Acts: once, before the first step.
 Off: leave `small_init` out of the methods.
+Numerics: starting values are drawn in fp32; nothing happens in training.
 
 Shapes: D width, N number of blocks.
 """

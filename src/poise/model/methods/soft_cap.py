@@ -11,7 +11,7 @@ Acts: in every block, every step, on the attention logits.
 Off: leave `soft_cap` out of the methods. No finite cap is bit-equal to none.
 
 With QK-norm and unit gains |z| <= sqrt(K), and a cap of 50 does next to nothing until the gains have grown.
-In bf16 the logits, their tanh and the softmax are in fp32.
+Numerics: in bf16 the logits, their tanh and the softmax are in fp32.
 
 Shapes: B batch, T positions, H query heads, G key/value heads, K head width.
 """

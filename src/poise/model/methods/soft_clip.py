@@ -11,7 +11,7 @@ Cost: no parameters. No fused kernel can change probabilities: blocks of scores 
 Acts: in every block, every step, on the attention probabilities.
 Off: leave `soft_clip` out of the methods; zeta = 1, gamma = 0 is the same up to rounding.
 
-In bf16 the logits, the softmax and the clip are in fp32.
+Numerics: in bf16 the logits, the softmax and the clip are in fp32.
 
 Shapes: B batch, T positions, H query heads, G key/value heads, K head width.
 """

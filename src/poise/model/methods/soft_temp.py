@@ -7,6 +7,7 @@ Differs from the paper in: the value is the paper's; that beta multiplies the lo
 Cost: none; one number in the scale of the attention kernel.
 Acts: in every block, every step, on the attention logits. The queries' and keys' gradients start beta times as large.
 Off: leave `soft_temp` out of the methods, or beta = 1.
+Numerics: a factor of the attention kernel's own scale, applied where the kernel scales.
 
 Shapes: K head width.
 """

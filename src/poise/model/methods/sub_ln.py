@@ -11,6 +11,7 @@ Differs from the paper in: SwiGLU, our interpretation: the paper's MLP has two m
 Cost: D + F parameters a block on top of Pre-LN's; two more norms a block, one of them over the MLP width F.
 Acts: in every block, on the input of both output matrices, and at the start.
 Off: leave `sub_ln` out of the methods.
+Numerics: norms take their statistics in fp32 and round once, to the compute dtype.
 
 Shapes: B batch, T positions, D width, F MLP width, N blocks.
 """

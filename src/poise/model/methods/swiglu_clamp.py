@@ -8,6 +8,7 @@ Differs from the paper in: our interpretation: applied in dense MLPs (the report
 Cost: two comparisons an element of the MLP's hidden activations.
 Acts: in every MLP, on activations beyond the limit; a fresh model is far below it.
 Off: leave `swiglu_clamp` out of the methods, or a very large limit.
+Numerics: bounds are exact in bf16; gate and product are in the compute dtype.
 
 Shapes: B batch, T positions, F MLP width, I = 2 F.
 """

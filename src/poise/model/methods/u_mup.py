@@ -20,6 +20,7 @@ Acts: in every matrix product, residual connection and attention, before the hea
     rates (`Decoder.lr_multipliers`). Weight decay times learning rate does not depend on the factors (the paper's
     independent weight decay, but for the schedule).
 Off: leave `u_mup` out of the methods.
+Numerics: multipliers are Python numbers; weights of deviation 1 are cast to the compute dtype before the product.
 
 Shapes: D width, O output features. The product is computed in the dtype of x and scaled there.
 """

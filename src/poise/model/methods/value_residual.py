@@ -10,6 +10,7 @@ Cost: the first block's values stay alive through the model; one multiply-add of
 Acts: in every block but the first, on values before they are gated or mixed. Under pipeline parallelism the first
     block's values have to travel with the hidden state.
 Off: leave `value_residual` out of the methods, or share = 0.
+Numerics: the mixture is computed in the compute dtype.
 
 Shapes: B batch, T positions, G key/value heads, K head width.
 """

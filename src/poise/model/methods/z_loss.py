@@ -7,6 +7,7 @@ Differs from the paper in: nothing known.
 Cost: none that can be measured; log Z is there already for the cross-entropy.
 Acts: in the loss, every step. Reported apart from the cross-entropy.
 Off: leave `z_loss` out of the methods, or coefficient = 0.
+Numerics: log Z and its square are fp32, whatever the compute dtype.
 """
 
 from __future__ import annotations

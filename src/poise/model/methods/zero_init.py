@@ -8,6 +8,7 @@ Differs from the paper in: only this rule of Fixup; its rescaling of the other l
 Cost: none. In the first step only the two output matrices, the embedding, the final norm and the head get a gradient.
 Acts: once, before the first step.
 Off: leave `zero_init` out of the methods.
+Numerics: starting values are drawn in fp32; nothing happens in training.
 """
 
 from __future__ import annotations
