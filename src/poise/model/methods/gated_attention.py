@@ -15,7 +15,8 @@ Cost: H·K·D parameters a block (elementwise), one matrix product and one produ
 Acts: in every block. At the start gates are near 0.5, so g1 halves the attention branch.
 Off: leave `gated_attention` out of the methods.
 
-Numerics: the sigmoid is computed in at least fp32 and rounded to the dtype of what it gates. W_θ is decayed as all matrices are.
+Numerics: the sigmoid is computed in at least fp32 and rounded to the dtype of what it gates.
+W_θ is decayed as all matrices are.
 Shapes: B batch, T positions, D width, H query heads, G key/value heads, K head width, R rows of W_θ.
 """
 

@@ -17,7 +17,7 @@ Acts: in every block and in the head. The matrices are put on the sphere by the 
     `poise.optim.weights.unit_rows`, for which `UNIT` says along which dimension each role goes.
 Off: leave `ngpt` out of the methods.
 
-Use it with weight decay 0 and no warm-up, as the paper does. 
+Use it with weight decay 0 and no warm-up, as the paper does.
 Numerics: lengths are computed in at least fp32.
 Shapes: B batch, T positions, D width, H query heads, G key/value heads, K head width, I inner MLP activations,
 V vocabulary.
