@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import poise
-from poise.face import load_hf
+from poise import load_hf
 
 VOCAB, LENGTH, STEPS = 64, 32, 40
 METHODS = ("qk_norm", "peri_ln", "z_loss:coefficient=1e-4")

@@ -35,6 +35,7 @@ _NAMES = {
     "PRESETS": "poise.model.presets",
     "build_model": "poise.model.build:build",
     "apply": "poise.face",
+    "load_hf": "poise.face",
     "count": "poise.model.counts",
     "prepare": "poise.data.prepare",
     "open_tokens": "poise.data.store",

@@ -8,7 +8,7 @@ checkpointing, ``Trainer``, DDP and ``fully_shard`` (afterwards) see a normal mo
 what was applied with all settings, so that it is saved with the model; the config becomes the model's own copy.
 
 To load: make the model from its saved config, ``poise.apply(model, *model.config.poise_methods)``, load the weights;
-``poise.face.load_hf(folder)`` does the three. Plain ``from_pretrained`` makes a model without the methods, which
+``poise.load_hf(folder)`` does the three. Plain ``from_pretrained`` makes a model without the methods, which
 transformers says (as unexpected keys) only where a method has parameters.
 
 Not built here: what needs another decoder layer (Post-LN, Mix-LN, value residual) or computed weights (σReparam).
