@@ -10,7 +10,9 @@ import torch
 
 from poise.core.errors import Conflict
 from poise.model.build import build
+from poise.model.init import RESIDUAL_ROLES
 from poise.model.methods import METHODS, apply_methods
+from poise.model.methods_page import excluded
 from poise.model.spec import Spec
 
 SMALL = Spec(vocab_size=13, seq_len=5, n_layers=2, d_model=8, n_heads=2, n_kv_heads=1, d_ff=8, tied=False)
@@ -59,6 +61,60 @@ def test_some_pairs_compose_and_some_conflict() -> None:
         except Conflict:
             pass
     assert 400 < composed < len(METHODS) * (len(METHODS) - 1) // 2 - 100
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "says"),
+    [
+        ("zero_init", "rezero", "stays dead"),
+        ("zero_init", "skip_init", "stays dead"),
+        ("ngpt", "dyt", "no norms"),
+        ("ngpt", "embed_scale", "its size has no effect"),
+        ("ngpt", "embed_std", "its size has no effect"),
+        ("ngpt", "scaled_init", "size at the start has no effect"),
+        ("layer_norm_scaling", "qk_fc_norm", "divide the factor out"),
+        ("layer_norm_scaling", "sub_ln", "divides out the factor"),
+        ("layer_norm_scaling", "wesar", "plain starting values"),
+        ("layer_norm_scaling", "depth_mup", "plain starting values"),
+        ("layer_norm_scaling", "zero_init", "plain starting values"),
+        ("wesar", "embed_std", "computes its gates for that"),
+        ("mup", "embed_scale", "grows with the width"),
+        ("u_mup", "embed_scale", "unit variance already"),
+        ("embed_std", "embed_scale", "alternatives"),
+        ("logit_tap", "sigma_reparam", "one spectral norm"),
+        ("logit_tap", "wesar", "one deviation"),
+        ("logit_tap", "mlra", "two factors"),
+    ],
+)
+def test_pairs_that_cancel_or_stand_still_are_refused_with_the_reason(one: str, other: str, says: str) -> None:
+    for order in ((one, other), (other, one)):
+        with pytest.raises(Conflict, match=f"exclude each other: .*{says}"):
+            apply_methods(SMALL, order)
+    assert says in excluded(one)[other] and excluded(one)[other] == excluded(other)[one]
+
+
+@pytest.mark.parametrize("first", [name for name, topic in METHODS.items() if topic == "residual"])
+def test_no_pair_leaves_a_block_dead(first: str) -> None:
+    ids_BT = torch.arange(10).view(2, 5) % 13
+    tried = 0
+    for second in METHODS:
+        try:
+            spec = apply_methods(SMALL, [first, WORDS.get(second, second)])
+        except Conflict:
+            continue
+        model = build(spec, seed=0)
+        roles = model.roles()
+        matrices = {name: p for name, p in model.named_parameters() if roles[name] in RESIDUAL_ROLES}
+        before = {name: p.detach().clone() for name, p in matrices.items()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(ids_BT, (ids_BT * 7 + 1) % 13).loss.backward()
+            optimizer.step()
+        still = [name for name, p in matrices.items() if torch.equal(p, before[name])]
+        assert len(matrices) == 2 * SMALL.n_layers and not still, f"{first} and {second}: {still} never moved"
+        tried += 1
+    assert tried > 10
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import tomllib
+import typing
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.core.errors import Conflict, UserError
-from poise.model.methods import METHODS, apply_methods
+from poise.model.build import build
+from poise.model.methods import METHODS, apply_methods, load
 from poise.model.presets import PRESETS, preset
 from poise.model.spec import SLOTS, Part, Spec
+from poise.model.starts import stds
 
 TINY = Spec(vocab_size=61, seq_len=16, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 
@@ -28,6 +32,16 @@ TINY = Spec(vocab_size=61, seq_len=16, n_layers=2, d_model=32, n_heads=4, n_kv_h
         ({"d_model": 20}, "head width d_model / n_heads is 5"),
         ({"mlp": "swigl"}, "did you mean 'swiglu'"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0"),
+        ({"norm_eps": float("inf")}, "norm_eps is inf"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"rope_theta": True}, "rope_theta is True"),
+        ({"n_layers": 1.5}, "n_layers is 1.5"),
+        ({"d_model": "x"}, "d_model is 'x'"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"d_ff": 10**400}, "d_ff is above"),
+        ({"tied": "no"}, "tied is 'no'"),
+        ({"mlp": 3}, "mlp is 3"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_one_line(changes, says):
@@ -132,6 +146,63 @@ def test_unknown_names_and_settings_get_the_nearest():
         apply_methods(TINY, ["z_loss:coefficient=-1"])
     with pytest.raises(UserError, match="no model preset '7mm', did you mean '7m'"):
         preset("7mm")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"std": "x"}, {"std": float("inf")}, {"embedding_std": True}, {"embedding_std": 0.0}]
+)
+def test_starting_deviations_of_another_kind_are_refused(fields):
+    with pytest.raises(UserError, match="give a finite number above 0"):
+        stds(replace(TINY, init=Part.of("default", fields)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_numbers_that_no_model_can_hold_are_refused_in_one_line(name):
+    hints = typing.get_type_hints(load(name).apply)
+    for key, hint in hints.items():
+        kinds = typing.get_args(hint) or (hint,)
+        endless = [float("inf"), float("nan"), 1e31, -1e31, 1e-31, 10**400] if float in kinds else []
+        for value in endless + ([2**31 + 1, -(10**400)] if int in kinds else []):
+            with pytest.raises(UserError) as caught:
+                apply_methods(TINY, {name: {key: value}})
+            assert "\n" not in str(caught.value) and key in str(caught.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_largest_and_smallest_settings_that_pass_train(name):
+    ids_BT = torch.arange(10).view(2, 5)
+    for key, hint in typing.get_type_hints(load(name).apply).items():
+        for value in (1e30, -1e30, 1e15, -1e15, 1e-30) if float in (typing.get_args(hint) or (hint,)) else ():
+            try:
+                spec = apply_methods(replace(TINY, d_model=8, d_ff=8, tied=False), {name: {key: value}})
+            except UserError:
+                continue
+            model = build(spec, seed=0)
+            loss = model(ids_BT, ids_BT + 1).loss
+            loss.backward()
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            assert loss.isfinite() and torch.nn.utils.get_total_norm(grads).isfinite(), f"{name} {key}={value}"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("z_loss:coefficient=1,coefficient=2", "'coefficient' of method 'z_loss' is given twice"),
+        ("z_loss:coefficient=1\ny=2", "holds a line break or '#'"),
+        ("z_loss:coefficient=1 # large", "holds a line break or '#'"),
+        ("z_loss:coefficient=" + "9" * 5000, "coefficient"),
+        ("z_loss:coefficient=" + "[" * 5000, "coefficient"),
+    ],
+    ids=["twice", "line break", "comment", "digits", "brackets"],
+)
+def test_settings_that_are_not_one_value_each_are_refused(text, says):
+    with pytest.raises(UserError, match=says):
+        apply_methods(TINY, [text])
+
+
+def test_value_residual_needs_a_second_block():
+    with pytest.raises(UserError, match="needs 2 blocks or more, but n_layers is 1"):
+        apply_methods(replace(TINY, n_layers=1), ["value_residual"])
 
 
 def test_settings_as_text_and_as_mapping_agree():

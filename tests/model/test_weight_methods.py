@@ -457,6 +457,7 @@ def test_locater_and_normalised_queries_exclude_each_other() -> None:
         "embed_std:std=0",
         "skip_init:init=inf",
         "layer_scale:init=nan",
+        "layer_scale:init=0",
         "sigma_reparam:gamma=two",
         "wesar:variance=0",
         "mlra:rank=0",

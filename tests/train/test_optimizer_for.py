@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from poise.core.errors import UserError
+from poise.core.errors import Conflict, UserError
 from poise.model.build import apply, build
-from poise.model.spec import Spec
-from poise.optim.build import OptimConfig
+from poise.model.methods import METHODS
+from poise.model.spec import Part, Spec
+from poise.optim.build import SCALABLE, OptimConfig
 from poise.train.optimizer import optimizer_for
 
 SMALL = Spec(vocab_size=31, seq_len=12, n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, d_ff=24, tied=False)
@@ -37,9 +38,18 @@ def test_mup_shares_reach_the_groups_and_decay_keeps_its_product() -> None:
     assert {group["lr_scale"] for group in step()[1].param_groups} == {1.0}
 
 
-def test_muon_has_no_use_for_adams_shares() -> None:
-    with pytest.raises(UserError, match="are Adam's"):
-        step("mup:base_width=4", config=OptimConfig(name="muon", lr=1e-3))
+@pytest.mark.parametrize("rule", ["muon", "normuon", "adafactor", "frankenstein"])
+def test_others_have_no_use_for_adams_shares(rule: str) -> None:
+    with pytest.raises(UserError, match=r"are Adam's; use adamw, .*mup, depth_mup and u_mup") as caught:
+        step("mup:base_width=4", config=OptimConfig(name=rule, lr=1e-3))
+    assert "\n" not in str(caught.value)
+    step(config=OptimConfig(name=rule, lr=1e-3))
+
+
+@pytest.mark.parametrize("rule", sorted(SCALABLE))
+def test_rules_like_adam_take_its_shares(rule: str) -> None:
+    _, optimizer = step("mup:base_width=4", config=OptimConfig(name=rule, lr=1e-3))
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {0.25, 1.0}
 
 
 def test_ngpt_weights_stay_on_the_sphere() -> None:
@@ -75,4 +85,13 @@ def test_the_logit_tap_clips_queries_and_keys_after_the_step() -> None:
 
 def test_a_tap_on_a_product_that_cannot_be_scaled_is_refused() -> None:
     with pytest.raises(UserError, match="cannot scale"):
-        step("logit_tap", "sigma_reparam", spec=replace(SMALL, n_layers=1))
+        step("logit_tap", spec=replace(SMALL, n_layers=1, linear=Part("sigma_reparam")))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "logit_tap"])
+def test_what_composes_with_the_tap_can_be_clipped(name: str) -> None:
+    try:
+        spec = apply(SMALL, "logit_tap", name)
+    except Conflict:
+        return
+    optimizer_for(OptimConfig(lr=1e-3), build(spec, seed=0))

@@ -43,10 +43,10 @@ def _more(card: Card) -> list[tuple[str, str]]:
     """Return what a model method's file says besides its card."""
     if card.kind != "model":
         return []
-    from poise.model import methods, methods_page
+    from poise.model import methods_page
 
     settings = ", ".join(f"{name}={value}" for name, value in methods_page.settings(card.name)) or "none"
-    excluded = methods.load(card.name).EXCLUDES.items()
+    excluded = methods_page.excluded(card.name).items()
     return [
         ("settings", settings),
         *((title.lower(), text) for title, text in methods_page.said(card.name)),

@@ -94,7 +94,7 @@ def _lr_sensitivity(words: Sequence[str]) -> int:
     parser.add_argument(
         "--lrs", metavar="GRID", default="3e-4:3e-1:7", help="first:last:points or a list (default 3e-4:3e-1:7)"
     )
-    parser.add_argument("--seeds", metavar="N", default="3", help="seeds 0 to N - 1 (default 3)")
+    parser.add_argument("--seeds", metavar="N", default="3", help="seeds 0 to N - 1, or a list: 3,4,5 (default 3)")
     parser.add_argument("--size", default="1m", help=f"{', '.join(SIZES)} (default 1m)")
     parser.add_argument("--hypothesis", metavar="TEXT", default="", help="what you expect; declared before any run")
     parser.add_argument("--out", metavar="DIR", help="the study's folder (default: studies/lr-sensitivity)")

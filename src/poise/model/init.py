@@ -47,8 +47,10 @@ class DefaultInit:
         self, place: Place, std: float = 0.02, embedding_std: float = 0.02, scale_residual: bool = True
     ) -> None:
         for name, value in (("std", std), ("embedding_std", embedding_std)):
-            if not value > 0:
-                raise UserError(f"init {name} is {value}; give a number above 0")
+            if isinstance(value, bool | str) or not 0 < value < math.inf:
+                raise UserError(f"init {name} is {value!r}; give a finite number above 0")
+        if not isinstance(scale_residual, bool):
+            raise UserError(f"init scale_residual is {scale_residual!r}; give true or false")
         self._std, self._embedding_std = std, embedding_std
         self.residual = scaled_residual(place) if scale_residual else 1.0
 

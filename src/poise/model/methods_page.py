@@ -26,6 +26,12 @@ def said(name: str) -> list[tuple[str, str]]:
     return [(title, text) for title, text in found if text]
 
 
+def excluded(name: str) -> dict[str, str]:
+    """Return which methods do not go with this one, and why, whichever of the two files says so."""
+    others = {other: load(other).EXCLUDES[name] for other in METHODS if name in load(other).EXCLUDES}
+    return {**others, **load(name).EXCLUDES}
+
+
 def table_markdown() -> str:
     """Return the page of all methods, as ``docs/methods.md`` holds it."""
     rows = [f"| [`{c.name}`](#{c.name}) | {METHODS[c.name]} | {c.title} | {c.acts} | {c.cost} |" for c in cards()]
@@ -53,5 +59,5 @@ def table_markdown() -> str:
             f"- Differs from the paper in: {card.differs}",
         ]
         lines += [f"- {title}: {text}" for title, text in said(card.name)]
-        lines += [f"- Not with `{other}`: {why}" for other, why in load(card.name).EXCLUDES.items()]
+        lines += [f"- Not with `{other}`: {why}" for other, why in excluded(card.name).items()]
     return "\n".join(lines) + "\n"

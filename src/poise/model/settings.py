@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 import tomllib
 import typing
 from collections.abc import Callable, Mapping
+from typing import Final
 
 from poise.core.errors import UserError, nearest
-from poise.model.spec import Spec, Value
+from poise.model.spec import MOST, Spec, Value
+
+SMALLEST: Final = 1e-30
+LARGEST: Final = 1e30
+"""Bounds of the size of a number with a fraction, within those of fp32; methods that square theirs ask for less."""
 
 
 def split(text: str) -> tuple[str, dict[str, Value]]:
@@ -18,18 +24,23 @@ def split(text: str) -> tuple[str, dict[str, Value]]:
     ('z_loss', {'coefficient': 1e-05})
 
     Raises:
-        UserError: a setting without a value.
+        UserError: a setting without a value, or one that is named twice; a line break or a comment.
     """
+    if "#" in text or len(text.splitlines()) > 1:
+        raise UserError(f"method {text!r} holds a line break or '#'; write NAME:KEY=VALUE on one line")
     name, _, rest = text.partition(":")
     given: dict[str, Value] = {}
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"setting '{pair}' of method '{name}' has no value; write {name}:{pair}=VALUE")
+        key = key.strip()
+        if key in given:
+            raise UserError(f"setting '{key}' of method '{name}' is given twice; give it once")
         try:
-            given[key.strip()] = tomllib.loads(f"x = {value}")["x"]
-        except tomllib.TOMLDecodeError:
-            given[key.strip()] = value
+            given[key] = tomllib.loads(f"x = {value}")["x"]
+        except (ValueError, RecursionError):  # not TOML, or numbers and brackets without end
+            given[key] = value
     return name, given
 
 
@@ -37,7 +48,7 @@ def checked(name: str, apply: Callable[..., Spec], given: Mapping[str, Value]) -
     """Check settings against the typed keywords of a method's ``apply``; whole numbers pass as floats.
 
     Raises:
-        UserError: an unknown setting, or a value of another type.
+        UserError: an unknown setting, a value of another type, or a number that no model can hold.
     """
     hints = typing.get_type_hints(apply)
     known = [p.name for p in inspect.signature(apply).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -48,9 +59,22 @@ def checked(name: str, apply: Callable[..., Spec], given: Mapping[str, Value]) -
             raise UserError(f"method '{name}' has no setting '{key}'{nearest(key, known)}; {there_are}")
         kinds = set(typing.get_args(hints[key]) or (hints[key],))
         if float in kinds and type(value) is int:
-            value = float(value)
+            value = _as_float(value)
         if type(value) not in kinds:
             wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
             raise UserError(f"setting '{key}' of method '{name}' is {value!r}; give a value of type {wanted}")
+        if type(value) is float and value != 0 and not SMALLEST <= abs(value) <= LARGEST:
+            raise UserError(
+                f"{name} {key} is {value}; give a finite number, 0 or of a size from {SMALLEST:g} to {LARGEST:g}"
+            )
+        if type(value) is int and abs(value) > MOST:
+            raise UserError(f"{name} {key} is beyond {MOST}; give a smaller whole number")
         out[key] = value
     return out
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

@@ -38,6 +38,7 @@ that a spec can be printed, compared, swept, written to JSON or TOML and built a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -47,6 +48,11 @@ from poise.core.errors import Conflict, UserError, nearest
 Value = str | int | float | bool
 
 MLPS: Final = ("swiglu", "gelu")
+
+SIZES: Final = ("vocab_size", "seq_len", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff")
+
+MOST: Final = 2**31
+"""Bound of every size, and of whole numbers among the settings of methods."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +116,7 @@ class Spec:
     The other attributes are the slots of the table above.
 
     Raises:
-        UserError: sizes that do not fit together.
+        UserError: a size of another type, or sizes that do not fit together.
     """
 
     vocab_size: int
@@ -156,12 +162,18 @@ class Spec:
     claims: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "seq_len", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; give a whole number of at least 1")
+        for name in SIZES:
+            size = getattr(self, name)
+            if type(size) is not int or size < 1:
+                raise UserError(f"{name} is {size!r}; give a whole number of at least 1")
+            if size > MOST:
+                raise UserError(f"{name} is above {MOST}; give a smaller whole number")
         for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
+            number = getattr(self, name)
+            if type(number) not in (int, float) or not 0 < number < math.inf:
+                raise UserError(f"{name} is {number!r}; give a finite number above 0")
+        if type(self.tied) is not bool:
+            raise UserError(f"tied is {self.tied!r}; give true or false")
         if self.d_model % self.n_heads:
             raise UserError(
                 f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; "
@@ -178,7 +190,8 @@ class Spec:
                 f"even number; use d_model {2 * self.d_model} or other n_heads"
             )
         if self.mlp not in MLPS:
-            raise UserError(f"mlp is '{self.mlp}'{nearest(self.mlp, MLPS)}; use one of {', '.join(MLPS)}")
+            meant = nearest(self.mlp, MLPS) if isinstance(self.mlp, str) else ""
+            raise UserError(f"mlp is {self.mlp!r}{meant}; use one of {', '.join(MLPS)}")
 
     @property
     def head_dim(self) -> int:

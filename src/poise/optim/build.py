@@ -135,6 +135,11 @@ CLIPPERS: Mapping[str, Callable[[OptimConfig], Sequence[Link]]] = {
 SPLIT = frozenset({"muon", "normuon"})
 """Rules for hidden matrices alone."""
 
+SCALABLE = frozenset({"adamw", "stable_adamw", "spam", "stable_spam", "lion", "ademamix", "adopt", "came"})
+"""Rules whose step does not depend on the size of gradients and weights, since they divide by a second moment or take
+signs: what muP's shares for Adam are derived for. Adafactor multiplies by the size of the weights, which depends on the
+width by itself."""
+
 
 def build(
     config: OptimConfig,
@@ -156,6 +161,12 @@ def build(
     Raises:
         UserError: multipliers with a rule that they are not meant for.
     """
+    if multipliers and config.name not in SCALABLE:
+        raise UserError(
+            f"optim.name is {config.name!r}, but the model's learning-rate multipliers are Adam's; use "
+            f"{', '.join(rule for rule in RULES if rule in SCALABLE)}, or leave out the methods that bring "
+            "multipliers, such as mup, depth_mup and u_mup"
+        )
     links = config.links
     fixed_decay = fixed_decay and config.decay != "independent"
     if config.name not in SPLIT:
@@ -163,11 +174,6 @@ def build(
             named_parameters, roles, config.weight_decay, multipliers=multipliers or None, fixed_decay=fixed_decay
         )
         return Chain(found, *links, lr=config.lr)
-    if multipliers:
-        raise UserError(
-            f"optim.name is {config.name!r}, but the model's learning-rate multipliers are Adam's; use adamw, or leave "
-            "out the methods that bring them (mup, depth_mup, u_mup)"
-        )
     hidden, others = matrix_groups(named_parameters, roles, config.weight_decay)
     clippers = [link for link in links if link.stage == "gradient"]
     rest: Link = MomentReset(config.rest, config.reset_every) if config.reset_every else config.rest

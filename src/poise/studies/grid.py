@@ -202,18 +202,23 @@ def _rounded(value: float) -> float:
 
 
 def seed_list(text: str) -> tuple[int, ...]:
-    """Return the seeds 0 to n - 1 of a number n.
+    """Return the seeds 0 to n - 1 of a number n, or those of a list.
+
+    >>> seed_list("3"), seed_list("3,4,")
+    ((0, 1, 2), (3, 4))
 
     Raises:
-        UserError: not a whole number above 0.
+        UserError: not a whole number above 0, nor a list of different whole numbers of 0 or more.
     """
     try:
-        number = int(text)
+        numbers = [int(word) for word in text.split(",") if word.strip()]
     except ValueError:
-        number = 0
-    if number < 1 or number > MOST_CELLS:
-        raise UserError(f"--seeds is '{text}'; give the number of seeds, 1 or more, e.g. 3")
-    return tuple(range(number))
+        numbers = []
+    if "," not in text and len(numbers) == 1 and 1 <= numbers[0] <= MOST_CELLS:
+        return tuple(range(numbers[0]))
+    if "," not in text or not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds is '{text}'; give the number of seeds, e.g. 3, or a list of them, e.g. 3,4,5")
+    return tuple(numbers)
 
 
 def expectation(labels: Sequence[str]) -> str:

@@ -156,8 +156,9 @@ def lr_sensitivity(losses: Mapping[float, float], init_loss: float, window: Wind
 
     A plain average over the rates of the grid, which is to be spaced evenly in the logarithm; 0 is best. A run that
     ends worse than it began counts as ``init_loss``, and so does one that is not finite (the latter our convention).
-    Where no run is better than ``init_loss`` the result is 0, which says nothing good: a model at chance level has no
-    sensitivity, so always look at the losses too. Not comparable between methods that change the meaning of the rate.
+    Where no run is better than ``init_loss`` the result is 0 (our convention too: the best is taken of the capped
+    losses, or it would be negative), which says nothing good: a model at chance level has no sensitivity, so always
+    look at the losses too. Not comparable between methods that change the meaning of the rate.
 
     Args:
         losses: final validation loss by peak learning rate, one seed.

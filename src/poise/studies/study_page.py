@@ -291,12 +291,17 @@ def _reproduce(page: Page, result: Result, records: Sequence[Record], declaratio
         page.table(["What", "Version"], rows)
 
 
+def _seeds(seeds: Sequence[int]) -> str:
+    """Return seeds as ``--seeds`` takes them."""
+    return str(len(seeds)) if list(seeds) == list(range(len(seeds))) else "".join(f"{seed}," for seed in seeds)
+
+
 def command(result: Result, declaration: Mapping[str, Any]) -> str:
     """Return the command that declares this study, without values of the recipe that were set by hand."""
     texts = declaration.get("arm_texts", {})
     arms = ",".join(str(texts.get(arm.label, arm.label)) for arm in result.arms)
     words = ["poise", "study", result.name, "--methods", arms]
-    words += ["--lrs", ",".join(map(rate, result.lrs)), "--seeds", str(len(result.seeds))]
+    words += ["--lrs", ",".join(map(rate, result.lrs)), "--seeds", _seeds(result.seeds)]
     if declaration.get("size"):
         words += ["--size", str(declaration["size"])]
     return shlex.join([*words, "--hypothesis", result.hypothesis])

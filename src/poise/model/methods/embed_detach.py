@@ -10,6 +10,9 @@ Acts: in the backward pass, between the first block and the embedding.
 Off: leave `embed_detach` out of the methods, or gamma = 1.
 Numerics: forward a view of the rows; the gradient is multiplied in the embedding's own dtype, fp32.
 
+With Adam and an untied head it nearly cancels: a constant factor on all gradients of a parameter is divided out by the
+second moment, and only eps and the clip by global norm see it.
+
 Kept as a negative control: Takase et al. find that it does not remove spikes, because the gradients inside the blocks
 stay what they were.
 Shapes: B batch, T positions, D width.
@@ -35,7 +38,8 @@ CARD: Final = Card(
     title="Shrinks the gradient of the embedding to a tenth (embedding gradient shrink); a negative control",
     citation="Zeng et al. 2022, GLM-130B, arXiv 2210.02414; Takase et al. 2023, arXiv 2312.16903",
     formula="x_0 = gamma E[ids] + (1 - gamma) stopgrad(E[ids])",
-    acts="in the backward pass, between the first block and the embedding",
+    acts="in the backward pass, between the first block and the embedding; Adam divides a constant factor out again, "
+    "so with an untied head only its eps and the clip by global norm see it",
     cost="one multiplication of (B, T, D) in the backward pass",
     off="leave `embed_detach` out of the methods, or gamma = 1",
 )

@@ -40,6 +40,8 @@ CARD: Final = Card(
 
 EXCLUDES: Final[Mapping[str, str]] = {}
 
+CHANGES_LR: Final = "Adam's step moves the residual stream at its start by sqrt(D) times the learning rate"
+
 
 class EmbedScale(nn.Module):
     """x -> factor · x; the factor is sqrt(D) unless given."""

@@ -43,7 +43,9 @@ CARD: Final = Card(
     differs="starting values are cut off at three deviations; no embedding of the house is ever decayed",
 )
 
-EXCLUDES: Final[Mapping[str, str]] = {}
+EXCLUDES: Final[Mapping[str, str]] = {
+    "embed_scale": "they are alternatives; with both the residual stream starts at sqrt(D) instead of 1",
+}
 
 
 def fixed_std(place: Place, std: float) -> float:

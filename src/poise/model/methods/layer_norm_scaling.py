@@ -41,11 +41,20 @@ CARD: Final = Card(
     off="leave `layer_norm_scaling` out of the methods",
 )
 
+_PLAIN = (
+    "LayerNorm Scaling needs plain starting values: with residual outputs scaled by 1 / sqrt(2 N) its paper "
+    "(arXiv 2502.05795, Table 4) finds perplexity 25.80 / 20.79 instead of 25.76 / 20.35 at 130M / 250M"
+)
 EXCLUDES: Final[Mapping[str, str]] = {
-    "scaled_init": "LayerNorm Scaling needs plain starting values: with residual outputs scaled by 1 / sqrt(2 N) its "
-    "paper (arXiv 2502.05795, Table 4) finds perplexity 25.80 / 20.79 instead of 25.76 / 20.35 at 130M / 250M",
-    "small_init": "LayerNorm Scaling needs plain starting values: with residual outputs scaled by 1 / sqrt(2 N) its "
-    "paper (arXiv 2502.05795, Table 4) finds perplexity 25.80 / 20.79 instead of 25.76 / 20.35 at 130M / 250M",
+    "scaled_init": _PLAIN,
+    "small_init": _PLAIN,
+    "wesar": f"WeSaR's gates start residual outputs 1 / sqrt(2 N) smaller, and {_PLAIN}",
+    "zero_init": "LayerNorm Scaling needs plain starting values, and a stream to which nothing is added has no "
+    "variance that could run away",
+    "depth_mup": "depth-muP divides branches by sqrt(depth) already and starts residual outputs for that, and "
+    "LayerNorm Scaling needs plain starting values",
+    "sub_ln": "the norm before attention's output matrix divides out the factor that reached it through the values",
+    "qk_fc_norm": "the norms of queries, keys and the branch's output divide the factor out of attention exactly",
 }
 
 

@@ -3,8 +3,8 @@
 Citation: Touvron et al. 2021, "Going deeper with Image Transformers", arXiv 2103.17239; for language models Rybakov et
     al. 2024, arXiv 2410.16682.
 Formula: x ← x + λ ⊙ f(norm(x)), λ (D) of each branch; λ = 0.1 at the start up to 18 blocks, 1e-5 up to 24, 1e-6 beyond.
-Differs from the paper in: the starts are those of vision models, read in a summary; between 18 and 24 blocks the paper
-    says nothing and 1e-5 is taken (our interpretation). Rybakov et al. do not report theirs.
+Differs from the paper in: the starts are our interpretation, unverified: constants of vision models, read in a summary;
+    between 18 and 24 blocks nothing is said there and 1e-5 is taken. Rybakov et al. do not report theirs.
 Cost: 2 D parameters a block; one multiplication of (B, T, D) a branch.
 Acts: in every block, on what attention and MLP add to the stream.
 Off: leave `layer_scale` out of the methods.
@@ -36,14 +36,14 @@ CARD: Final = Card(
     acts="in every block, every step, on what attention and MLP add",
     cost="2 D parameters a block; one multiplication a branch",
     off="leave `layer_scale` out of the methods",
-    differs="starts are those of vision models, from a summary; between 18 and 24 blocks our interpretation",
+    differs="starts are our interpretation, unverified: constants of vision models, from a summary",
 )
 
 EXCLUDES: Final[Mapping[str, str]] = {}
 
 
 def start_of(n_layers: int) -> float:
-    """Return the paper's start of the gains for a model of so many blocks.
+    """Return the start of the gains for a model of so many blocks: our interpretation, unverified.
 
     >>> start_of(12), start_of(24), start_of(48)
     (0.1, 1e-05, 1e-06)
@@ -73,8 +73,11 @@ def apply(spec: Spec, *, init: float | None = None) -> Spec:
     """Return ``spec`` with gains on every branch that start at ``init``, by default as the depth asks.
 
     Raises:
-        UserError: a start that is not finite.
+        UserError: a start that is 0 or not finite.
     """
-    if init is not None and not math.isfinite(init):
-        raise UserError(f"layer_scale init is {init}; give a finite number, e.g. 0.1, or leave it out")
+    if init is not None and (init == 0 or not math.isfinite(init)):
+        raise UserError(
+            f"layer_scale init is {init}; give a finite number other than 0, e.g. 0.1, or use skip_init, which starts "
+            "at 0"
+        )
     return spec.claim("residual", Part.of("layer_scale", {"init": init}), "layer_scale")

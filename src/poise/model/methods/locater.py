@@ -23,7 +23,6 @@ Shapes: D width, H query heads, G key heads, K head width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -139,13 +138,13 @@ def apply(
         measure: S, ``frobenius`` or ``square``.
 
     Raises:
-        UserError: a negative coefficient or weight, a target that is not finite, or an unknown measure.
+        UserError: a negative coefficient or weight, a target that is not finite or too large, or an unknown measure.
     """
     for name, value in (("coefficient", coefficient), ("rho", rho)):
-        if not 0 <= value < math.inf:
-            raise UserError(f"locater {name} is {value}; give a finite number of 0 or more")
-    if target is not None and not math.isfinite(target):
-        raise UserError(f"locater target is {target}; give a finite number, e.g. 1, or leave it out")
+        if not 0 <= value <= 1e15:
+            raise UserError(f"locater {name} is {value}; give a number of 0 or more, up to 1e15")
+    if target is not None and not abs(target) <= 1e15:
+        raise UserError(f"locater target is {target}; give a number of a size up to 1e15, e.g. 1, or leave it out")
     if measure not in MEASURES:
         raise UserError(f"locater measure is '{measure}'; use one of {', '.join(MEASURES)}")
     fields = {"coefficient": coefficient, "rho": rho, "target": target, "measure": measure}

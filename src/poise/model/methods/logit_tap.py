@@ -47,7 +47,14 @@ CARD: Final = Card(
 
 _NORMED = "with normalised queries and keys the logits do not depend on the size of W_q and W_k, which QK-Clip scales"
 _NORMING: Final = ("qk_norm", "qkv_norm", "qk_fc_norm", "hybrid_norm", "ngpt")
-EXCLUDES: Final[Mapping[str, str]] = dict.fromkeys(_NORMING, _NORMED)
+EXCLUDES: Final[Mapping[str, str]] = {
+    **dict.fromkeys(_NORMING, _NORMED),
+    "sigma_reparam": "queries, keys and values share one spectral norm, by which the matrix is divided: rows that "
+    "QK-Clip scales down would make the values larger, and might themselves come back",
+    "wesar": "QK-Clip scales rows of a matrix, and WeSaR's even updates rest on rows that all start with one "
+    "deviation; the hook cannot scale the gates in their place",
+    "mlra": "queries and keys come from two factors, and QK-Clip scales the rows of one plain matrix",
+}
 
 ACTS_LATER: Final = "it only reads; the optimizer's hook qk_clip changes weights once a logit is above the threshold"
 

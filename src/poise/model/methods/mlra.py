@@ -49,6 +49,11 @@ CARD: Final = Card(
 
 EXCLUDES: Final[Mapping[str, str]] = {}
 
+CHANGES_LR: Final = (
+    "queries, keys and values come from products of two trained factors, and a step of one factor moves the product by "
+    "as much as the other is large"
+)
+
 
 class LowRankQKV(nn.Module):
     """``y = x Wᵀ``; the rows of W are those of U_q L_q, then of U_k L_k, then of U_v L_v."""

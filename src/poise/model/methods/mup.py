@@ -50,6 +50,8 @@ CARD: Final = Card(
 
 EXCLUDES: Final[Mapping[str, str]] = {
     "small_init": "muP sets the deviations by width itself; start from the init `small` instead and apply mup",
+    "embed_scale": "muP keeps the size of the embedding's output, and sqrt(D) grows with the width: the coordinate "
+    "check fails",
 }
 
 CHANGES_LR: Final = (

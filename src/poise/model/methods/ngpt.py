@@ -12,12 +12,14 @@ Differs from the paper in: queries and keys are normalised and scaled before the
     keeps their length, and a gain per channel after it would break relative positions (the same as long as s_qk is
     equal within a rotated pair). With grouped queries s_qk is shared by the query heads of a group. The paper does not
     tie the head.
-Cost: no norms; three vector normalisations a block in their place, and one pass over all matrices after a step.
+Cost: no norms; eight vector normalisations a block in their place (three a residual connection, of queries, of keys),
+    and one pass over all matrices after a step.
 Acts: in every block and in the head. The matrices are put on the sphere by the optimizer's hook
     `poise.optim.weights.unit_rows`, for which `UNIT` says along which dimension each role goes.
 Off: leave `ngpt` out of the methods.
 
-Use it with weight decay 0 and no warm-up, as the paper does.
+Use it with weight decay 0 and no warm-up, as the paper does. Of `embed_norm` only the gain keeps an effect: the length
+of the embedding has none here.
 Numerics: lengths are computed in at least fp32.
 Shapes: B batch, T positions, D width, H query heads, G key/value heads, K head width, I inner MLP activations,
 V vocabulary.
@@ -45,12 +47,18 @@ CARD: Final = Card(
     citation="Loshchilov et al. 2024, nGPT, arXiv 2410.01131",
     formula="h <- unit(unit(h) + |alpha| (unit(f(h)) - unit(h))); q, k <- s_qk unit(.); scale sqrt(K); logits s_z",
     acts="in every block and in the head; the hook `unit_rows` puts the matrices on the sphere after each step",
-    cost="vector normalisations in place of norms, and one pass over all matrices after a step",
+    cost="eight vector normalisations a block in place of norms, and one pass over all matrices after a step",
     off="leave `ngpt` out of the methods",
     differs="queries and keys are normalised before the rotation; grouped queries share s_qk with their keys",
 )
 
+_LENGTH = "nGPT normalises the embedding and what follows it, so its size has no effect"
 EXCLUDES: Final[Mapping[str, str]] = {
+    "dyt": "nGPT has no norms, so there is nothing for a dynamic tanh to take the place of",
+    "embed_scale": _LENGTH,
+    "embed_std": _LENGTH,
+    "scaled_init": "nGPT normalises every branch and keeps its output matrices on the sphere, so their size at the "
+    "start has no effect",
     "zero_init": "a branch that starts at zero has no direction, and nGPT normalises it",
     "logit_tap": "nGPT normalises queries and keys, so the size of their matrices has no say in the logits",
     "layer_norm_scaling": "nGPT has no norms, and every branch is normalised, so a factor before it has no effect",

@@ -3,7 +3,8 @@
 Citation: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2); Shoeybi et al. 2019,
     Megatron-LM, arXiv 1909.08053; one of the two conditions of Takase et al. 2023, arXiv 2312.16903 (small sub-layers).
 Formula: std(attn_out) = std(mlp_out) = std / sqrt(2 N), whatever the initialisation says.
-Differs from the paper in: nothing known.
+Differs from the paper in: normal values are cut off at three deviations, as all starting values of the house, which
+    makes the true deviation 1.3 % smaller.
 Cost: none.
 Acts: once, before the first step. The house's default initialisation does it by itself; there the method says so in the
     list of methods and keeps others from changing it. It acts where the initialisation does not (`default` with
@@ -31,6 +32,7 @@ CARD: Final = Card(
     acts="once, before the first step; the default initialisation does so by itself",
     cost="none",
     off="leave `scaled_init` out of the methods, with an initialisation that does not scale residual outputs",
+    differs="starting values are cut off at three deviations: the true deviation is 1.3 % smaller",
 )
 
 EXCLUDES: Final[Mapping[str, str]] = {}

@@ -8,7 +8,8 @@ Formula: Ŵ = γ / σ(W) · W, σ the largest singular value, γ a learnable sca
 Differs from the paper in: the fused matrix of queries, keys and values has one σ and one γ (our interpretation of
     "every matrix"); embedding and head are left as they are; norms stay unless other methods take them away; the new u
     is stored in the backward pass instead of the forward pass, which is the same thing in training. γ starts at
-    σ(W), so that Ŵ = W, as in the authors' PyTorch code; their JAX code starts at 1, here `gamma=one`.
+    σ(W), so that Ŵ = W, as in the authors' PyTorch code; their JAX code starts at 1, here `gamma=one`, with
+    which the scale of the start is divided out: neither the deviation of a matrix nor 1 / sqrt(2 N) has an effect.
 Cost: two products of W with a vector and one pass over W forward, in fp32; three passes over W backward; per matrix one
     scalar and the buffer u (D). Building takes an eigendecomposition of the smaller Gram matrix of each matrix.
 Acts: in every block, on all matrices. The iteration goes on once for each training forward that has a backward pass:
@@ -42,7 +43,8 @@ CARD: Final = Card(
     title="Divides every weight by its spectral norm and multiplies by a learnable scalar, which bounds logit growth",
     citation="Zhai et al. 2023, arXiv 2303.06296",
     formula="W_hat = gamma / sigma(W) W",
-    acts="in every block, on all matrices; one step of the power iteration each training step",
+    acts="in every block, on all matrices; one step of the power iteration each training step; with gamma=one the "
+    "deviations of the start have no effect",
     cost="two products of W with a vector and a pass over W forward, three passes backward",
     off="leave `sigma_reparam` out of the methods",
     differs="one spectral norm for the fused query-key-value matrix; embedding and head as they are; norms stay",

@@ -54,6 +54,6 @@ def apply(spec: Spec, *, beta: float = 0.5) -> Spec:
     Raises:
         UserError: a factor that is not above 0.
     """
-    if not 0 < beta < float("inf"):
-        raise UserError(f"soft_temp beta is {beta}; give a finite number above 0, e.g. 0.5")
+    if not 0 < beta <= 1e15:
+        raise UserError(f"soft_temp beta is {beta}; give a finite number above 0, up to 1e15, e.g. 0.5")
     return spec.claim("attn_scale", Part.of("soft_temp", {"beta": beta}), "soft_temp")

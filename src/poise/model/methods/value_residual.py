@@ -93,10 +93,12 @@ def apply(spec: Spec, *, share: float = 0.5, learnable: bool = False) -> Spec:
         learnable: whether each block learns its two weights.
 
     Raises:
-        UserError: a share outside [0, 1].
+        UserError: a share outside [0, 1], or a model of one block.
         Conflict: another method has the values.
     """
     if not 0 <= share <= 1:
         raise UserError(f"value_residual share is {share}; give a number from 0 to 1, e.g. 0.5")
+    if spec.n_layers < 2:
+        raise UserError(f"value_residual needs 2 blocks or more, but n_layers is {spec.n_layers}; leave the method out")
     name = "learned_value_residual" if learnable else "value_residual"
     return spec.claim("values", Part.of(name, {"share": share}), "value_residual")

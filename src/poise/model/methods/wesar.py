@@ -51,7 +51,9 @@ CARD: Final = Card(
 
 CHANGES_LR: Final = "a step of the learning rate moves the effective matrix by alpha times that"
 
-EXCLUDES: Final[Mapping[str, str]] = {}
+EXCLUDES: Final[Mapping[str, str]] = {
+    "embed_std": "WeSaR starts all matrices, the embedding too, with one deviation, and computes its gates for that",
+}
 
 
 def target_std(role: str, d_in: int, n_layers: int) -> float:
@@ -156,10 +158,10 @@ def apply(spec: Spec, *, variance: float = 4e-5, embed_gate: bool = False) -> Sp
         embed_gate: whether the embedding has a gate too.
 
     Raises:
-        UserError: a variance that is not above 0.
+        UserError: a variance that is not above 0, or too large.
     """
-    if not 0 < variance < math.inf:
-        raise UserError(f"wesar variance is {variance}; give a finite number above 0, e.g. 4e-5")
+    if not 0 < variance <= 1e15:
+        raise UserError(f"wesar variance is {variance}; give a number above 0, up to 1e15, e.g. 4e-5")
     part = Part.of("wesar", {"variance": variance})
     for slot in ("linear", "init", "head_in", *(("embed_out",) if embed_gate else ())):
         spec = spec.claim(slot, part, "wesar")

@@ -54,8 +54,8 @@ def apply(spec: Spec, *, coefficient: float = 1e-4) -> Spec:
     """Return ``spec`` with the z-loss among its loss terms.
 
     Raises:
-        UserError: a negative coefficient.
+        UserError: a negative coefficient, or one too large.
     """
-    if not coefficient >= 0:
-        raise UserError(f"z_loss coefficient is {coefficient}; give 0 or more, e.g. 1e-4")
+    if not 0 <= coefficient <= 1e15:
+        raise UserError(f"z_loss coefficient is {coefficient}; give 0 or more, up to 1e15, e.g. 1e-4")
     return spec.claim("loss_terms", Part.of("z_loss", {"coefficient": coefficient}), "z_loss")

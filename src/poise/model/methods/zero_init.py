@@ -31,7 +31,8 @@ CARD: Final = Card(
     differs="only this rule of Fixup; its rescaling, its scalar biases and the removal of norms are left out",
 )
 
-EXCLUDES: Final[Mapping[str, str]] = {}
+_DEAD = "with a scalar of 0 and an output matrix of 0 neither ever gets a gradient, and the block stays dead"
+EXCLUDES: Final[Mapping[str, str]] = {"rezero": _DEAD, "skip_init": _DEAD}
 
 PARTS: Final[Mapping[str, Mapping[str, Callable[..., Any]]]] = {}
 
