@@ -24,7 +24,8 @@ def apply(model_or_spec: T, *names: str) -> T:
         names: methods, with settings after a colon, separated by commas.
 
     Raises:
-        UserError: something else, an unknown method or setting, or a model that cannot have it.
+        UserError: something else, a method that is no name, an unknown method or setting, or a model that cannot have
+            it.
         Conflict: two methods that cannot hold together.
     """
     if isinstance(model_or_spec, Spec):
@@ -56,6 +57,8 @@ def load_hf(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrain
     Raises:
         UserError: no folder, or weights that do not fit the config and its methods.
     """
+    if not isinstance(folder, str | Path):
+        raise UserError(f"poise.load_hf takes the folder of a saved model, not a {type(folder).__name__}")
     from transformers import AutoConfig
 
     from poise.integrations import hf_methods

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], *says: str) -> s
         (["methods", "show", "qk_nrom"], ["no method 'qk_nrom'", "did you mean 'qk_norm'"]),
         (["data", "inspect", "nowhere"], ["nowhere"]),
         (["data", "explode"], ["unknown action"]),
+        (["train", "--model.methods", '["mup"]', "--optim.name", "muon", "--dry-run"], ["'muon'", "mup"]),
+        (["train", "--model.methods", '["attention_sink:learned=True"]'], ["'learned'", "give true or false"]),
         (["train", "--train.compile", "maybe"], ["'train.compile' is 'maybe'"]),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
@@ -161,6 +164,27 @@ def test_dry_run(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", recipe, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "parameters" in out and "memory" in out and "tokens" in out
+    bound = out.split("gradient bound at the start\n")[1].splitlines()
+    assert 1 <= len(bound) <= 3 and all(line.startswith("  ") for line in bound)
+
+
+def test_a_dry_run_warns_of_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "nano", "--dry-run", "--model.methods", '["gated_attention"]']) == 0
+    bound = capsys.readouterr().out.split("gradient bound at the start\n")[1].splitlines()
+    assert bound[0].startswith("  mlp of layer 1: ") and bound[1].startswith("  attention of 4 layers is not judged")
+
+
+def test_one_method_shown_as_json_says_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "show", "mlra", "--json"]) == 0
+    (card,) = json.loads(capsys.readouterr().out)
+    assert main(["methods", "show", "mlra"]) == 0
+    text = capsys.readouterr().out
+    assert card["settings"] == {"rank": None} and "rank (default: by the method's rule)" in text
+    assert "(SDPA)" in card["attention_path"] and card["attention_path"] in text
+    assert card["changes_the_meaning_of_the_learning_rate"] in text
+    assert card["not_with"] and all(f"not with {other}: {why}" in text for other, why in card["not_with"].items())
+    assert main(["methods", "show", "attention_sink"]) == 0
+    assert "settings: init=0.0, learned=true\n" in capsys.readouterr().out
 
 
 def test_train_help_lists_recipe_keys(capsys: pytest.CaptureFixture[str]) -> None:

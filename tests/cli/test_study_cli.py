@@ -58,8 +58,12 @@ def test_a_study_as_independent_commands_and_then_shown(words: list[str], capsys
     assert main([*words, "--emit", "commands", "--hypothesis", "nothing happens"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert main(["study", "show", "s"]) == 0
-    assert "2 of 2 runs are missing" in capsys.readouterr().out
+    assert main(["study", "show", "s"]) == 1
+    out = capsys.readouterr().out
+    assert "no run has a record yet" in out
+    assert "2 of 2 runs are missing" in out
+    assert main(["study", "show", "s", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["missing"] == 2
     assert not Path("s/report.html").exists()
 
     assert main(shlex.split(lines[0])[1:]) == 0
@@ -105,6 +109,8 @@ def test_a_study_as_independent_commands_and_then_shown(words: list[str], capsys
         (["--methods", "baseline", "--size", "2m"], "no size '2m'"),
         (["--methods", "baseline", "--workers", "x"], "--workers is 'x'"),
         (["--methods", "baseline", "--workers", "-1"], "--workers is '-1'"),
+        (["--methods", "baseline", "--cache", "/dev/null"], "'/dev/null': it is a file; give a folder with --cache"),
+        (["--methods", "a b=baseline"], "label 'a b' may have letters"),
         (["--methods", "baseline", "--threads", "0"], "--threads is '0'"),
         (["--methods", "baseline", "--optim.lr", "1e-3"], "--lrs"),
         (["--methods", "baseline", "--optim.lrr", "1e-3"], "unknown key 'optim.lrr'"),
@@ -123,6 +129,11 @@ def test_mistakes_are_one_line(
     assert lines[0].startswith("poise study: ")
     assert says in lines[0]
     assert not Path("s").exists()
+
+
+def test_one_is_not_plural(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--methods", "baseline", "--dry-run"]) == 0
+    assert "1 arm x 1 learning rate x 1 seed = 1 run of 8 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

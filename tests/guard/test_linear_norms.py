@@ -359,3 +359,20 @@ def test_two_processes_read_what_one_reads(tmp_path: Path) -> None:
         port = probing.getsockname()[1]
     multiprocessing.spawn(rank_main, (port, str(tmp_path)), nprocs=2)
     assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
+
+
+def test_what_has_no_linear_layers_and_what_is_no_module(caplog: pytest.LogCaptureFixture) -> None:
+    for wrong in (lambda: LinearNorms(None), lambda: watch(None)):  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"torch module.* a NoneType"):
+            wrong()
+    assert LinearNorms(nn.Sequential(nn.ReLU())).places == () and "no linear layers" in caplog.text
+
+
+def test_a_watch_with_linears_alone_does_not_say_that_it_has_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1))
+    watch(net).remove()
+    assert "nothing to measure" in caplog.text
+    caplog.clear()
+    with watch(net, every=1, linears=True) as watching:
+        net(torch.ones(2, 3)).sum().backward()
+        assert watching.readings["linear_out_norm@0"] > 0 and not caplog.text

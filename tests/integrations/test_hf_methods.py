@@ -588,10 +588,16 @@ def test_models_of_another_kind_are_refused() -> None:
         ("llama", "not a str"),
         (None, "not a NoneType"),
     ]
+    with pytest.raises(UserError, match="takes the folder of a saved model, not a NoneType"):
+        load_hf(None)  # type: ignore[arg-type]
     for thing, message in wrong:
         with pytest.raises(UserError, match=message):
             poise.apply(thing, "qk_norm")
     assert poise.apply(spec, "qk_norm").methods[-1:] == ("qk_norm",)
+    for to in (spec, make()):
+        for name in (["qk_norm"], None, 3):
+            with pytest.raises(UserError, match=r"methods are names, not a \w+; write apply\(spec, \"qk_norm\""):
+                poise.apply(to, name)  # type: ignore[arg-type]
 
 
 def test_a_qwen3_has_qk_norm_already() -> None:
@@ -627,6 +633,13 @@ def test_a_trained_model_takes_only_what_keeps_its_function() -> None:
             poise.apply(model, name)
     poise.apply(model, "z_loss", "embed_detach")
     assert torch.equal(logits_of(model), before)
+    for place in ("layers.1.input_layernorm.weight", "layers.0.self_attn.q_proj.bias"):  # frozen final norm
+        model = make(attention_bias=True)
+        poise.apply(copy.deepcopy(model), "qk_norm")
+        with torch.no_grad():
+            model.model.get_parameter(place)[0] += 0.1
+        with pytest.raises(UserError, match=r"has been trained.*: poise\.load_hf"):
+            poise.apply(model, "qk_norm")
 
 
 @pytest.mark.parametrize(("text", "name"), [("qk_norm", "q_proj"), ("gated_attention", "o_proj")])

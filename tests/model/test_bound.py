@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from poise.core.errors import UserError
-from poise.model.bound import bound, conditions, mlp_factor
+from poise.model.bound import bound, conditions, mlp_factor, unjudged
 from poise.model.build import apply, build
 from poise.model.jacobian import branch_norms
 from poise.model.spec import Part, Spec
@@ -153,3 +154,23 @@ def test_what_is_not_covered_says_so() -> None:
 def test_keys_below_one() -> None:
     with pytest.raises(UserError, match="keys is 0"):
         bound(TINY, keys=0)
+
+
+def test_what_is_not_judged_is_said_once_a_reason() -> None:
+    assert unjudged(TINY) == []
+    (said,) = unjudged(apply(TINY, "peri_ln"))
+    assert said.startswith(
+        "attention of 2 layers and MLP of 2 layers are not judged: the conditions are those of Pre-LN"
+    )
+    (said,) = unjudged(apply(TINY, "gated_attention"))
+    assert said == "attention of 2 layers is not judged: not covered: slot 'attn_gate' holds 'gated_attention'"
+    deep = apply(replace(TINY, n_layers=8), "mix_ln")
+    judged = sum(not math.isnan(sub.condition) for sub in bound(deep).sublayers)
+    (said,) = unjudged(deep)
+    assert judged == 12 and said.startswith("attention of 2 layers and MLP of 2 layers are not judged: Post-LN")
+
+
+@pytest.mark.parametrize("asked", [bound, conditions, unjudged])
+def test_a_name_is_no_spec(asked: Any) -> None:
+    with pytest.raises(UserError, match="not of a str"):
+        asked("30m")

@@ -119,3 +119,8 @@ def test_sharded_weights_are_put_together(tmp_path) -> None:  # type: ignore[no-
         assert not any(hasattr(value, "full_tensor") for value in found.values())
     finally:
         distributed.destroy_process_group()
+
+
+def test_another_module_has_no_spectrum() -> None:
+    with pytest.raises(UserError, match="from a Decoder, not a Linear"):
+        spectrum_readings(torch.nn.Linear(2, 2))  # type: ignore[arg-type]

@@ -172,6 +172,13 @@ def test_a_damaged_record_is_none(whole: dict[str, Any], tmp_path: Path) -> None
     for content in ("", "[]", "{}", json.dumps(whole)[:-9], json.dumps(whole | {"format": 0}), "\x00\xff"):
         path.write_text(content, encoding="latin-1")
         assert read_record(path, key) is None
+    wrong = {"final_loss": "x", "lr": None, "seed": 0.5, "params": True, "loss": [1.0, "x"], "grad_norm": 3.0, "arm": 1,
+             "val": [[1]], "max_logit": [[0, None]], "recipe": [], "seconds": {}, "ended": ["finished"]}  # fmt: skip
+    for name, value in wrong.items():
+        path.write_text(json.dumps(whole | {name: value}))
+        assert read_record(path, key) is None, name
+    path.write_text(json.dumps(whole | {"max_logit": None, "final_loss": "nan"}))
+    assert read_record(path, key) is not None
     path.write_text(json.dumps({name: value for name, value in whole.items() if name != "loss"}))
     assert read_record(path, key) is None
 

@@ -12,7 +12,7 @@ from poise.core.errors import UserError
 from poise.core.journal import to_json
 from poise.model.methods import METHODS
 from poise.studies.lr_sensitivity import Result, as_float, summarise
-from poise.studies.published import ORDERINGS, kendall_tau
+from poise.studies.published import ORDERINGS, Reading, canonical, compare, kendall_tau
 
 LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 INIT = 7.0
@@ -133,6 +133,28 @@ def test_an_arm_that_never_trains_is_not_the_best():
     assert base_dead.arm("qk_norm").verdict == "unknown"
 
 
+def test_an_arm_that_collapsed_to_the_uniform_output_is_all_diverged():
+    records, declared = study(ARMS)
+    for r in records:
+        r["recipe"] = {"data": {"vocab_size": 1024}}
+        if r["arm"] == "soft_cap":
+            r["final_loss"] = math.log(1024) - 0.001 * r["seed"]
+    result = summarise(records, declared)
+    cap = result.arm("soft_cap")
+    assert cap.all_diverged and cap.verdict == "all diverged" and cap.first["half"].majority == 3e-4
+    assert [p.diverged_seeds for p in cap.points] == [(0, 1, 2)] * 7
+    for r in records:
+        r["recipe"] = {}  # the vocabulary is not known: the loss before the first step is the floor
+    assert not summarise(records, declared).arm("soft_cap").all_diverged
+
+
+def test_a_record_with_text_for_a_number_is_named():
+    records, declared = study(ARMS)
+    records[3]["loss"][7] = "x"
+    with pytest.raises(UserError, match=rf"cells/{records[3]['key']}.json: a record holds 'x'"):
+        summarise(records, declared)
+
+
 def test_equal_arms_show_no_difference():
     records, declared = study({"baseline": ARMS["baseline"], "other": ARMS["baseline"]})
     for r in records:
@@ -190,6 +212,10 @@ def test_the_table_fits_the_width_and_names_stay_apart():
     result = summarise(*study(arms, lrs=tuple(3e-4 * 10 ** (k / 4) for k in range(13)), seeds=(0, 1)))
     lines = result.table().splitlines()
     assert max(map(len, lines)) <= 120
+    records, declared = study({"baseline" + "x" * 99: ARMS["baseline"], "y" * 60: (1.0, 123456e3, 1.0)},
+                              lrs=tuple(1.234e-4 * 10 ** (k / 4) for k in range(13)))  # fmt: skip
+    wide = summarise(records, declared | {"name": "n" * 110, "hypothesis": "h" * 300}).table()
+    assert max(map(len, wide.splitlines())) <= 120
     names = {line[:22].strip() for line in lines if line.startswith(("qk_norm+", "3:qk_norm+"))}
     assert len(names) == 2
     assert any(f"in tables is {long}5" in " ".join(lines[i : i + 2]) for i in range(len(lines)))
@@ -221,6 +247,10 @@ def test_the_published_order_is_found_again_or_not(made):
     again = next(c for c in swapped.published if c.ordering.name == "largest stable rate")
     assert [p.found for p in again.pairs] == ["reversed", "not separated"]
     text = " ".join(swapped.table().split())
+    assert "The hypothesis and the numbers: sensitivity relative to baseline" in text
+    tied = summarise(*study({"baseline": ARMS["qk_norm"], "soft_cap": ARMS["qk_norm"]}))
+    order = next(c for c in tied.published if c.ordering.name == "largest stable rate")
+    assert order.tau is None and order.headline().endswith("not separated 1.")
     assert "Does not reproduce, the other way round here. Published: baseline below qk_norm (0.006 and 0.04)" in text
     assert "neither confirmed nor refuted. Published: baseline < soft_cap" in text
 
@@ -240,6 +270,17 @@ def test_kendall_tau_by_hand():
     assert kendall_tau([1, 2, 3, 3.05], [1, 2, 2, 0], tolerance=0.1) == pytest.approx((2 - 2) / math.sqrt(5 * 5))
     assert kendall_tau([1, 2, 3], [2, 1, 3]) == pytest.approx(1 / 3)
     assert kendall_tau([1, 2], [math.inf, math.inf]) is None
+
+
+def test_no_tau_where_no_pair_is_separated():
+    values = {"baseline": {0: 3.0, 1: 4.0, 2: 5.0}, "qk_norm": {0: 3.1, 1: 3.9, 2: 5.05}}
+    arms = [Reading(x, canonical([x]), {"best_loss": losses}) for x, losses in values.items()]
+    (found,) = compare(arms)
+    assert found.count("not separated") == len(found.pairs) == 1
+    assert found.tau is None and found.headline().endswith("not separated 1.")
+    (apart,) = compare([arms[0], Reading("qk_norm", arms[1].methods, {"best_loss": {0: 2.0, 1: 3.01, 2: 4.0}})])
+    assert apart.tau == 1.0 or apart.tau == -1.0
+    assert f"Kendall's tau-b {apart.tau:+.2f}" in apart.headline()
 
 
 def test_published_names_are_those_of_methods():

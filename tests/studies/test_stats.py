@@ -103,11 +103,40 @@ def test_half_of_the_seeds_is_no_majority() -> None:
     assert found == stats.FirstDiverging(None, 1.0, ())
 
 
-def test_the_half_criterion_counts_runs_that_gained_nothing() -> None:
-    assert stats.diverged(6.0, 6.0, 6.0, "half")
-    assert not stats.diverged(6.0, 6.0, 6.0, "init")
-    assert not stats.diverged(4.5, 6.0, 3.0, "half")
-    assert stats.diverged(4.51, 6.0, 3.0, "half")
+def test_half_of_the_gain_and_the_margin_at_the_floor() -> None:
+    def found(last: float, criterion: stats.Criterion) -> float | None:
+        return stats.first_diverging_lr({1e-3: {0: 3.0}, 1e-2: {0: last}}, {0: 6.0}, criterion).majority
+
+    assert (found(4.5, "half"), found(4.51, "half")) == (None, 1e-2)
+    assert (found(5.98, "init"), found(5.995, "init")) == (None, 1e-2)
+
+
+def test_a_run_that_collapsed_to_the_uniform_output_diverged() -> None:
+    uniform = math.log(1024)  # below the loss of an untied start
+    losses = {1e-3: {0: 4.0}, 1e-2: {0: uniform - 0.005}, 1e-1: {0: uniform}}
+    assert stats.first_diverging_lr(losses, {0: 7.1}).majority is None
+    assert stats.first_diverging_lr(losses, {0: 7.1}, vocab_size=1024).majority == 1e-2
+    # The gain is measured from ln V too: 4 + 0.5 * (6.93 - 4) = 5.47, and not 5.55.
+    half = stats.first_diverging_lr({1e-3: {0: 4.0}, 1e-2: {0: 5.5}}, {0: 7.1}, "half", 1024)
+    assert half.majority == 1e-2
+    assert stats.first_diverging_lr({1e-3: {0: 4.0}, 1e-2: {0: 6.5}}, {0: 6.4}, vocab_size=1024).majority == 1e-2
+
+
+@pytest.mark.parametrize("criterion", ["init", "half"])
+def test_an_arm_that_nowhere_trained_diverged_everywhere(criterion: stats.Criterion) -> None:
+    near = {1e-3: {0: 5.985, 1: 6.2}, 1e-2: {0: 6.0, 1: 6.19}}
+    found = stats.diverged_seeds(near, {0: 6.0, 1: 6.2}, criterion)
+    assert found == {1e-3: (0, 1), 1e-2: (0, 1)}
+    trained = near | {1e-1: {0: 5.9, 1: 6.0}}
+    assert stats.diverged_seeds(trained, {0: 6.0, 1: 6.2}, criterion)[1e-1] == ()
+
+
+def test_slow_is_not_diverged() -> None:
+    # Below the best rate of the mean, 1e-1, a run that gained less than half is slow; one that is not finite is not.
+    losses = {1e-3: {0: 5.5, 1: 5.5}, 1e-2: {0: 5.0, 1: NAN}, 1e-1: {0: 3.0, 1: 3.1}, 1.0: {0: 5.0, 1: 5.0}}
+    found = stats.first_diverging_lr(losses, {0: 6.0, 1: 6.0}, "half")
+    assert found == stats.FirstDiverging(1.0, 1e-2, ())
+    assert stats.diverged_seeds(losses, {0: 6.0, 1: 6.0}, "half") == {1e-3: (), 1e-2: (1,), 1e-1: (), 1.0: (0, 1)}
 
 
 def quiet(n: int, seed: int = 0) -> list[float]:

@@ -70,6 +70,9 @@ def test_the_page_says_and_draws_the_result(tmp_path):
     assert [t["name"] for t in curves] == ["baseline", "qk_norm"] and curves[0]["x"] == list(LRS)
     assert curves[0]["y"][2] == INIT and curves[0]["marker"]["symbol"] == ["circle", "circle", "circle-open"]
     assert figures[0]["layout"]["xaxis"]["type"] == "log" and len(figures) == 7
+    first = figures[2]["layout"]  # below the axis there is room for its title, and the legend stands below that
+    plot = first["height"] - first["margin"]["t"] - first["margin"]["b"]
+    assert first["legend"]["y"] * plot == pytest.approx(-56) and first["margin"]["b"] >= 56 + 2 * 22
 
 
 def test_only_pictures_over_the_rate_share_the_axis_that_moves_together(tmp_path):

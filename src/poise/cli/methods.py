@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from poise.cli.args import Parser
 from poise.core.errors import UserError, nearest
@@ -26,12 +27,12 @@ def main(words: Sequence[str]) -> int:
             raise UserError(f"no method '{name}'{nearest(name, cards)}; see poise methods")
         cards = {name: cards[name]}
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(card) for card in cards.values()], indent=2))
+        print(json.dumps([dataclasses.asdict(card) | _more(card) for card in cards.values()], indent=2))
     elif arguments.what:
         for field in dataclasses.fields(Card):
             print(f"{field.name + ':':<10} {getattr(cards[name], field.name)}")
-        for title, text in _more(cards[name]):
-            print(f"{title}: {text}")
+        for title, said in _more(cards[name]).items():
+            _print_more(title.replace("_", " "), said)
     else:
         width = max(map(len, cards))
         for card in cards.values():
@@ -39,19 +40,29 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _more(card: Card) -> list[tuple[str, str]]:
-    """Return what a model method's file says besides its card."""
+def _more(card: Card) -> dict[str, Any]:
+    """Return what a model method's file says besides its card, the same fields for text and JSON."""
     if card.kind != "model":
-        return []
+        return {}
     from poise.model import methods_page
 
-    settings = ", ".join(f"{name}={value}" for name, value in methods_page.settings(card.name)) or "none"
-    excluded = methods_page.excluded(card.name).items()
-    return [
-        ("settings", settings),
-        *((title.lower(), text) for title, text in methods_page.said(card.name)),
-        *((f"not with {other}", why) for other, why in excluded),
-    ]
+    return {
+        "settings": dict(methods_page.settings(card.name)),
+        **{title.lower().replace(" ", "_"): text for title, text in methods_page.said(card.name)},
+        "not_with": methods_page.excluded(card.name),
+    }
+
+
+def _print_more(title: str, said: Any) -> None:
+    from poise.model.settings import shown
+
+    if title == "settings":
+        said = ", ".join(shown(*pair) for pair in said.items()) or "none"
+    if title == "not with":
+        for other, why in said.items():
+            print(f"{title} {other}: {why}")
+    else:
+        print(f"{title}: {said}")
 
 
 def all_cards() -> dict[str, Card]:

@@ -98,7 +98,7 @@ def _lr_sensitivity(words: Sequence[str]) -> int:
     parser.add_argument("--size", default="1m", help=f"{', '.join(SIZES)} (default 1m)")
     parser.add_argument("--hypothesis", metavar="TEXT", default="", help="what you expect; declared before any run")
     parser.add_argument("--out", metavar="DIR", help="the study's folder (default: studies/lr-sensitivity)")
-    parser.add_argument("--workers", metavar="N", default="0", help="processes (default: one a usable core)")
+    parser.add_argument("--workers", metavar="N", default="0", help="processes; 0, the default: one a usable core")
     parser.add_argument("--emit", choices=("commands", "slurm"), help="run nothing; print commands, or write a script")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say how many runs there are, stop")
     _common(parser)
@@ -108,6 +108,9 @@ def _lr_sensitivity(words: Sequence[str]) -> int:
     from poise.studies import arms, grid, runner
 
     runner.check_counts(workers, threads)
+    cache = Path(arguments.cache) if arguments.cache else None
+    if cache is not None:
+        runner.check_cache(cache)
     folder = Path(arguments.out or "studies/lr-sensitivity")
     with _Preparing() as preparing:
         declaration = grid.plan(
@@ -124,7 +127,6 @@ def _lr_sensitivity(words: Sequence[str]) -> int:
         print(_about(declaration.facts()))
         return 0
     study = grid.declare(folder, declaration, keep_hypothesis=not arguments.hypothesis)
-    cache = Path(arguments.cache) if arguments.cache else None
     if arguments.emit == "commands":
         print("\n".join(runner.commands(study, threads=threads, cache=cache)))
         return 0
@@ -171,7 +173,8 @@ def _cell(words: Sequence[str]) -> int:
 def _show(words: Sequence[str]) -> int:
     parser = Parser(
         "study show",
-        "Print the table of a study again and write its page anew, from the runs that are there.",
+        "Print the table of a study again and write its page anew, from the runs that are there. Ends with 1 where no "
+        "run has a record yet.",
         "poise study show studies/lr-sensitivity",
     )
     parser.add_argument("folder", help="the study's folder")
@@ -211,12 +214,15 @@ def _whole(option: str, text: str, least: int) -> int:
 
 
 def _about(facts: dict[str, Any]) -> str:
+    from poise.dashboard.text import plural
+
     recipe = facts["recipe"]
     tokens = recipe["train"]["steps"] * recipe["train"]["batch_size"] * recipe["train"]["seq_len"]
     return "\n".join(
         [
-            f"{facts['name']}: {len(facts['arms'])} arms x {len(facts['lrs'])} learning rates x "
-            f"{len(facts['seeds'])} seeds = {facts['cells']} runs of {recipe['train']['steps']} steps, "
+            f"{facts['name']}: {plural(len(facts['arms']), 'arm')} x {plural(len(facts['lrs']), 'learning rate')} x "
+            f"{plural(len(facts['seeds']), 'seed')} = {plural(facts['cells'], 'run')} of "
+            f"{plural(recipe['train']['steps'], 'step')}, "
             f"{tokens:,} tokens each, size {facts['size']}",
             f"hypothesis: {facts['hypothesis']}",
         ]
@@ -234,7 +240,7 @@ def _end(study: Study, outcome: Outcome, *, as_json: bool) -> int:
 
 
 def _print_result(study: Study, failed: dict[str, str], *, as_json: bool) -> int:
-    """Print what the records that are there say; return 0."""
+    """Print what the records that are there say; return 0, or 1 where there are none."""
     from poise.core.journal import to_json
     from poise.studies import runner
 
@@ -243,9 +249,8 @@ def _print_result(study: Study, failed: dict[str, str], *, as_json: bool) -> int
     if as_json:
         facts = {"folder": str(study.folder), "missing": missing, "failed": failed}
         print(to_json(facts | ({} if result is None else result.to_json())))
-        return 0
-    if result is not None:
-        print(result.table().rstrip("\n"))
+        return EXIT_FAILED if result is None else 0
+    print("no run has a record yet: nothing to show" if result is None else result.table().rstrip("\n"))
     if missing:
         total = len(study.declaration.cells)
         print(f"\nnot complete: {missing} of {total} runs are missing")
@@ -253,7 +258,7 @@ def _print_result(study: Study, failed: dict[str, str], *, as_json: bool) -> int
         print(f"failed: {runner.describe(runner.find(study, key))} ({key}): {reason}")
     if result is not None:
         print(f"\npage: {study.folder / 'report.html'}")
-    return 0
+    return EXIT_FAILED if result is None else 0
 
 
 class _Preparing:

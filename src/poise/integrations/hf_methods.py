@@ -64,7 +64,7 @@ def apply_hf(model: PreTrainedModel, *wanted: Wanted) -> PreTrainedModel:
         if trained and not method.keeps_function:
             raise UserError(
                 f"this model has been trained, and '{name}' would change what it computes; apply it before training"
-                " (to load a model saved with methods: poise.face.load_hf)"
+                " (to load a model saved with methods: poise.load_hf)"
             )
         method.check(sites)
     own_config(model)
@@ -85,7 +85,7 @@ def applied(model: PreTrainedModel) -> list[str]:
 def load_hf(
     folder: str | Path, wanted: Sequence[Wanted], *, config: Any, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load a model that ``save_pretrained`` wrote, with the methods it was saved with (``poise.face.load_hf`` reads
+    """Load a model that ``save_pretrained`` wrote, with the methods it was saved with (``poise.load_hf`` reads
     them from the config).
 
     Args:
@@ -116,8 +116,8 @@ def load_hf(
 
 def _made(name: str, settings: Mapping[str, Value]) -> tuple[str, HfMethod]:
     if name not in METHODS:
-        there_are = f"there are {', '.join(METHODS)}"
-        raise UserError(f"there is no method '{name}' for transformers models{nearest(name, METHODS)}; {there_are}")
+        near = nearest(name, METHODS) or f"; there are {', '.join(METHODS)}"
+        raise UserError(f"there is no method '{name}' for transformers models{near}")
     known = [field.name for field in dataclasses.fields(METHODS[name])]
     for key in settings:
         if key not in known:

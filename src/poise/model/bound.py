@@ -33,6 +33,7 @@ F MLP width, H query heads, G key heads, R = H / G, K head width, T positions.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -130,8 +131,10 @@ def bound(spec: Spec, *, keys: float = math.inf) -> Bound:
         keys: number of independent tokens that attention averages over; see the head of this file.
 
     Raises:
-        UserError: ``keys`` below 1.
+        UserError: ``keys`` below 1, or something else than a ``Spec``.
     """
+    if not isinstance(spec, Spec):
+        raise UserError(f"the bound is that of a Spec, not of a {type(spec).__name__}; give PRESETS['30m'] or your own")
     if not keys >= 1:
         raise UserError(f"keys is {keys}; give the number of tokens attended to, at least 1, or math.inf")
     start = _try_out(_module(spec, "embed_out", Place(spec)), (spec.d_model,))
@@ -145,10 +148,13 @@ def bound(spec: Spec, *, keys: float = math.inf) -> Bound:
 
 
 def conditions(spec: Spec) -> list[str]:
-    """Return a plain sentence for each of the paper's two conditions that does not hold; empty when all is well.
+    """Return a plain sentence for each of the paper's two conditions that does not hold where it was judged.
 
-    The conditions are σ_1 σ_2 ≪ σ_x' and σ_O ≪ σ_x, with the constants of the bound; ≪ is read as ``LIMIT``. Branches
-    that are not Pre-LN branches are not judged.
+    The conditions are σ_1 σ_2 ≪ σ_x' and σ_O ≪ σ_x, with the constants of the bound; ≪ is read as ``LIMIT``. Only
+    Pre-LN branches of covered parts are judged: an empty list does not mean judged; ``unjudged`` says what was not.
+
+    Raises:
+        UserError: something else than a ``Spec``.
     """
     said: list[str] = []
     subs = bound(spec).sublayers
@@ -167,6 +173,26 @@ def conditions(spec: Spec) -> list[str]:
             f"Gradients of early layers can spike (Spike No More, arXiv 2312.16903); {mend}"
         )
     return said
+
+
+def unjudged(spec: Spec) -> list[str]:
+    """Return a sentence for every reason why branches are not judged by ``conditions``, with their numbers.
+
+    Raises:
+        UserError: something else than a ``Spec``.
+    """
+    kinds: dict[str, Counter[str]] = {}
+    for sub in bound(spec).sublayers:
+        if math.isnan(sub.condition):
+            reason = sub.reason or (
+                "the conditions are those of Pre-LN branches: a norm before, none behind (bound(spec) has its factor)"
+            )
+            kinds.setdefault(reason, Counter())["attention" if sub.branch == "attn" else "MLP"] += 1
+    return [
+        " and ".join(f"{what} of {n} layer{'s' * (n > 1)}" for what, n in branches.items())
+        + f"{' are' if len(branches) > 1 else ' is'} not judged: {reason}"
+        for reason, branches in kinds.items()
+    ]
 
 
 # -- what the slots' modules do to sizes ----------------------------------------------------------------------

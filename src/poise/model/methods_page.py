@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 from poise.model.methods import METHODS, cards, load
+from poise.model.settings import shown
 
 SAID = {
     "Attention path": "KERNEL",
@@ -12,6 +13,9 @@ SAID = {
     "Shows later": "ACTS_LATER",
 }
 """What a method's file may say besides its card: title on the page -> name of the constant."""
+
+PLAIN_PATH = "torch's fused kernel (SDPA); plain matrix products for short bf16 sequences on a CPU"
+"""The attention path of a method that says nothing of it."""
 
 
 def settings(name: str) -> list[tuple[str, object]]:
@@ -21,8 +25,9 @@ def settings(name: str) -> list[tuple[str, object]]:
 
 
 def said(name: str) -> list[tuple[str, str]]:
-    """Return what a method's file says besides its card: (title, text)."""
-    found = [(title, getattr(load(name), constant, "")) for title, constant in SAID.items()]
+    """Return what a method's file says besides its card: (title, text); the attention path always."""
+    plain = {"KERNEL": PLAIN_PATH}
+    found = [(title, getattr(load(name), constant, plain.get(constant, ""))) for title, constant in SAID.items()]
     return [(title, text) for title, text in found if text]
 
 
@@ -52,7 +57,7 @@ def table_markdown() -> str:
             f"{card.title}. {card.citation}.",
             "",
             f"- Formula: `{card.formula}`",
-            f"- Settings: {', '.join(f'`{name}={value}`' for name, value in settings(card.name)) or 'none'}",
+            f"- Settings: {', '.join(f'`{shown(*pair)}`' for pair in settings(card.name)) or 'none'}",
             f"- Acts: {card.acts}",
             f"- Cost: {card.cost}",
             f"- Off: {card.off}",

@@ -24,8 +24,10 @@ def split(text: str) -> tuple[str, dict[str, Value]]:
     ('z_loss', {'coefficient': 1e-05})
 
     Raises:
-        UserError: a setting without a value, or one that is named twice; a line break or a comment.
+        UserError: a setting without a value, or one that is named twice; a line break or a comment; no text.
     """
+    if not isinstance(text, str):
+        raise UserError(f'methods are names, not a {type(text).__name__}; write apply(spec, "qk_norm", ...)')
     if "#" in text or len(text.splitlines()) > 1:
         raise UserError(f"method {text!r} holds a line break or '#'; write NAME:KEY=VALUE on one line")
     name, _, rest = text.partition(":")
@@ -62,7 +64,8 @@ def checked(name: str, apply: Callable[..., Spec], given: Mapping[str, Value]) -
             value = _as_float(value)
         if type(value) not in kinds:
             wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
-            raise UserError(f"setting '{key}' of method '{name}' is {value!r}; give a value of type {wanted}")
+            give = "true or false" if wanted == "bool" else f"a value of type {wanted}"
+            raise UserError(f"setting '{key}' of method '{name}' is {value!r}; give {give}")
         if type(value) is float and value != 0 and not SMALLEST <= abs(value) <= LARGEST:
             raise UserError(
                 f"{name} {key} is {value}; give a finite number, 0 or of a size from {SMALLEST:g} to {LARGEST:g}"
@@ -71,6 +74,17 @@ def checked(name: str, apply: Callable[..., Spec], given: Mapping[str, Value]) -
             raise UserError(f"{name} {key} is beyond {MOST}; give a smaller whole number")
         out[key] = value
     return out
+
+
+def shown(key: str, value: object) -> str:
+    """Write a setting as ``split`` reads it; one that is ``None`` is chosen by the method and cannot be written.
+
+    >>> shown("learned", True), shown("rank", None)
+    ('learned=true', "rank (default: by the method's rule)")
+    """
+    if value is None:
+        return f"{key} (default: by the method's rule)"
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _as_float(value: int) -> float:

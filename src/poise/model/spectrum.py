@@ -103,7 +103,13 @@ def token_embedding_variability(weight_VD: Tensor, *, factor: float = 1.0) -> TE
 
 
 def decoder_spectra(model: Decoder) -> dict[int, QKSpectrum]:
-    """Return the spectrum of every block by its 0-based number, of the weights as they act (``effective_weight``)."""
+    """Return the spectrum of every block by its 0-based number, of the weights as they act (``effective_weight``).
+
+    Raises:
+        UserError: something else than a decoder of poise.
+    """
+    if not hasattr(model, "trunk"):  # a compiled decoder is of another class
+        raise UserError(f"the spectrum is read from a Decoder, not a {type(model).__name__}; make one with build_model")
     found: dict[int, QKSpectrum] = {}
     for number, block in enumerate(model.trunk.blocks):
         attn: Any = block.attn
@@ -121,6 +127,9 @@ def spectrum_readings(model: Decoder) -> dict[str, Tensor]:
 
     ``qk_mean@block.N``, ``qk_scale@block.N``, ``qk_variance@block.N`` and ``qk_frobenius@block.N`` are means over
     heads; ``tev_mean`` and ``tev_std`` are of the embedding table.
+
+    Raises:
+        UserError: something else than a decoder of poise.
     """
     out: dict[str, Tensor] = {}
     for number, spectrum in decoder_spectra(model).items():

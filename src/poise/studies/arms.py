@@ -81,10 +81,14 @@ def parse(text: str) -> Arm:
     'qk_norm@optim.beta2=0.99'
 
     Raises:
-        UserError: nothing in it, or values that are not ``key=value`` or that the study sets itself.
+        UserError: nothing in it, a label with other characters, or values that are not ``key=value`` or
+            that the study sets itself.
     """
     text = text.strip()
     found = _LABEL.match(text)
+    before = re.split("[:@]", text, maxsplit=1)[0]
+    if not found and "=" in before:
+        raise UserError(f"arm '{text}': label '{before.partition('=')[0]}' may have letters, digits and _ . - +")
     label, body = (found[1], text[found.end() :]) if found else (text, text)
     named, at, values = body.partition("@")
     if not named.strip() or (at and not values.strip()):

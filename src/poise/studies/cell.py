@@ -78,6 +78,10 @@ UNUSED: Final[Mapping[str, str]] = {
 
 _NUMBERS: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _TEXTS: Final = frozenset({"key", "arm", "recipe", "ended", "device", "environment"})
+_SCALARS: Final = (
+    *("lr", "seed", "params", "params_non_embedding", "init_loss", "final_loss", "best_val", "steps_done", "steps"),
+    *("seconds_per_step", "seconds", "threads"),
+)
 _FIELDS: Final = {
     *("format", "key", "arm", "lr", "seed", "recipe", "params", "params_non_embedding", "init_loss", "final_loss"),
     *("best_val", "steps_done", "steps", "ended", "loss", "grad_norm", "val", "max_logit", "max_logit_block0"),
@@ -183,7 +187,10 @@ def run_cell(
 
 
 def read_record(path: Path, key: str) -> dict[str, Any] | None:
-    """Return the record of the cell ``key`` with its numbers, or ``None`` where the file is missing or damaged."""
+    """Return the record of the cell ``key`` with its numbers, or ``None`` where the file is missing or damaged.
+
+    Damaged is also one with a value of another type; its cell is run again.
+    """
     try:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -192,7 +199,33 @@ def read_record(path: Path, key: str) -> dict[str, Any] | None:
         return None
     if record["format"] != FORMAT or record["key"] != key or record["ended"] not in ("finished", "nonfinite"):
         return None
-    return {name: value if name in _TEXTS else _decode(value) for name, value in record.items()}
+    record = {name: value if name in _TEXTS else _decode(value) for name, value in record.items()}
+    return record if _sound(record) else None
+
+
+def _sound(record: Mapping[str, Any]) -> bool:
+    """Return whether every field of a decoded record is of its type."""
+
+    def series(value: object) -> bool:
+        return isinstance(value, list) and all(map(_is_number, value))
+
+    def rows(value: object) -> bool:
+        return isinstance(value, list) and all(isinstance(row, list) and len(row) == 2 and series(row) for row in value)
+
+    return (
+        all(isinstance(record[name], str) for name in ("arm", "device"))
+        and all(isinstance(record[name], dict) for name in ("recipe", "environment"))
+        and all(_is_number(record[name]) for name in _SCALARS)
+        and all(isinstance(record[name], int) for name in ("seed", "steps", "steps_done", "params"))
+        and series(record["loss"])
+        and series(record["grad_norm"])
+        and rows(record["val"])
+        and all(record[name] is None or rows(record[name]) for name in ("max_logit", "max_logit_block0"))
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _decode(value: Any) -> Any:

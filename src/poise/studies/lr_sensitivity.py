@@ -40,6 +40,7 @@ class Point:
         loss: mean of the losses, each capped at its loss at initialisation.
         nonfinite: runs that ended without a finite loss.
         diverged: runs that diverged, by criterion.
+        diverged_seeds: the seeds of those of "init".
         max_logit: largest attention logit at the end, geometric mean over the seeds with a finite one.
         logits_lost: runs whose last logit was not finite.
     """
@@ -49,6 +50,7 @@ class Point:
     loss: Interval | None
     nonfinite: int
     diverged: Mapping[Criterion, int]
+    diverged_seeds: tuple[int, ...]
     max_logit: Interval | None
     logits_lost: int
 
@@ -111,7 +113,7 @@ class ArmResult:
 
     @property
     def all_diverged(self) -> bool:
-        """Whether no run ended better than it began; such an arm has a sensitivity of 0, which says nothing good."""
+        """Whether no run learned anything; the sensitivity of such an arm says nothing good."""
         return bool(self.runs) and _all_diverged(self.points)
 
 
@@ -157,6 +159,11 @@ class Cells:
         values = [as_float(self.runs[lr, seed]["init_loss"]) for lr in self.lrs if (lr, seed) in self.runs]
         return math.fsum(values) / len(values)
 
+    def vocab_size(self) -> int | None:
+        """Return the vocabulary of the recipe; all arms of a study train on the same text."""
+        data = next((run["recipe"].get("data") or {} for run in self.runs.values() if run.get("recipe")), {})
+        return int(data["vocab_size"]) if "vocab_size" in data else None
+
     def run_seeds(self) -> list[int]:
         return [seed for seed in self.seeds if any((lr, seed) in self.runs for lr in self.lrs)]
 
@@ -199,6 +206,7 @@ def summarise(records: Sequence[Record], declaration: Mapping[str, Any]) -> Resu
     runs: dict[str, dict[tuple[float, int], Record]] = {label: {} for label in labels}
     extra = 0
     for record in records:
+        _check(record)
         lr = next((x for x in lrs if math.isclose(x, as_float(record["lr"]), rel_tol=1e-9)), None)
         if record["arm"] not in runs or lr is None or record["seed"] not in seeds:
             extra += 1
@@ -218,6 +226,19 @@ def summarise(records: Sequence[Record], declaration: Mapping[str, Any]) -> Resu
         published=compare(readings),
         extra=extra,
     )
+
+
+def _check(record: Record) -> None:
+    """Raise a ``UserError`` that names the file of a record that holds something else where a number belongs."""
+    try:
+        for name in ("lr", "init_loss", "final_loss", "seconds_per_step"):
+            as_float(record[name])
+        for name in ("loss", "grad_norm"):
+            for value in record.get(name, ()):
+                as_float(value)
+        _last_logit(record)
+    except UserError as error:
+        raise UserError(f"cells/{record.get('key', '?')}.json: {error}") from None
 
 
 def _declared(declaration: Mapping[str, Any]) -> tuple[list[str], tuple[float, ...], tuple[int, ...], str]:
@@ -242,9 +263,11 @@ def _arm(cells: Cells, base_cells: Cells, base: ArmResult | None, declaration: M
     ratio = stats.paired_ratio(by_seed, base.by_seed) if base else None
     table = {lr: {s: as_float(cells.runs[lr, s]["final_loss"]) for s in cells.capped(lr)} for lr in cells.lrs}
     inits = {s: cells.init(s) for s in cells.run_seeds()}
-    first = {c: stats.first_diverging_lr(table, inits, c) for c in stats.CRITERIA}
-    points = tuple(_point(cells, lr, table, inits) for lr in cells.lrs)
-    best_lr = _best_lr(points)
+    vocab_size = cells.vocab_size()
+    first = {c: stats.first_diverging_lr(table, inits, c, vocab_size) for c in stats.CRITERIA}
+    bad = {c: stats.diverged_seeds(table, inits, c, vocab_size) for c in stats.CRITERIA}
+    points = tuple(_point(cells, lr, table[lr], {c: bad[c][lr] for c in bad}) for lr in cells.lrs)
+    best_lr = stats.best_rate(table, inits)
     best = cells.capped(best_lr) if best_lr is not None else {}
     base_best = base_cells.capped(base.best_lr) if base and base.best_lr is not None else {}
     sensitivity = stats.mean_interval(list(by_seed.values()))
@@ -299,10 +322,7 @@ def _reasons(value: object) -> str:
     return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
 
 
-def _point(cells: Cells, lr: float, table: Mapping[float, Mapping[int, float]], inits: Mapping[int, float]) -> Point:
-    losses = table[lr]
-    finite = [loss for row in table.values() for loss in row.values() if math.isfinite(loss)]
-    best = min(finite, default=math.inf)
+def _point(cells: Cells, lr: float, losses: Mapping[int, float], bad: Mapping[Criterion, tuple[int, ...]]) -> Point:
     ends = [_last_logit(cells.runs[lr, seed]) for seed in losses]
     logits = [value for value in ends if value is not None]
     sound = [value for value in logits if math.isfinite(value) and value > 0]
@@ -311,9 +331,8 @@ def _point(cells: Cells, lr: float, table: Mapping[float, Mapping[int, float]], 
         losses=tuple(losses.items()),
         loss=stats.mean_interval(list(cells.capped(lr).values())),
         nonfinite=sum(not math.isfinite(loss) for loss in losses.values()),
-        diverged={
-            c: sum(stats.diverged(loss, inits[seed], best, c) for seed, loss in losses.items()) for c in stats.CRITERIA
-        },
+        diverged={c: len(seeds) for c, seeds in bad.items()},
+        diverged_seeds=bad["init"],
         max_logit=stats.geometric_interval(sound),
         logits_lost=sum(not math.isfinite(value) for value in logits),
     )
@@ -322,13 +341,6 @@ def _point(cells: Cells, lr: float, table: Mapping[float, Mapping[int, float]], 
 def _last_logit(record: Record) -> float | None:
     rows = record.get("max_logit") or []
     return as_float(rows[-1][1]) if rows and rows[-1][1] is not None else None
-
-
-def _best_lr(points: Sequence[Point]) -> float | None:
-    """Return the rate of the lowest mean loss, among the rates that most seeds were run at; ties go to the lowest."""
-    most = max((len(point.losses) for point in points), default=0)
-    full = [(p.loss.mean, p.lr) for p in points if p.loss is not None and len(p.losses) == most]
-    return min(full)[1] if full else None
 
 
 def _windowed(cells: Cells, base_cells: Cells) -> Windowed | None:
@@ -407,7 +419,7 @@ def _remarks(
     if len(cells.complete()) == 1:
         out.append("one seed only: intervals are unknown")
     if _all_diverged(points):
-        out.append("every run diverged: its sensitivity of 0 says nothing good")
+        out.append("every run diverged: its sensitivity says nothing good")
     elif best_lr is not None and len(cells.lrs) > 1 and best_lr in (cells.lrs[0], cells.lrs[-1]):
         out.append(f"its best rate {best_lr:.3g} is at the edge of the grid")
     if first.islands:

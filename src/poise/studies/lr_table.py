@@ -25,7 +25,10 @@ NOTES: Final = (
     "in nats; a run that is not finite counts as the loss at initialisation (Wortsman et al., 2309.14322). Ratio: "
     "paired by seed, geometric. Intervals: two-sided 95 % t over seeds; '?' where they are unknown.",
     "First diverging rate: from there on most seeds diverge, at every larger rate too; in brackets the lowest rate at "
-    f"which any seed does. init: {CRITERIA['init']}. half: {CRITERIA['half']}. '>' is above the largest rate run.",
+    f"which any seed does. init: {CRITERIA['init']}. half: {CRITERIA['half']} (below that rate a run is slow, "
+    "not diverged; the rate is that of the lowest mean over the seeds). An arm that is nowhere 0.02 nats below the "
+    "floor is all diverged. V: size of the vocabulary; ln V is the loss of a uniform output. '>' is above the largest "
+    "rate run.",
     "Spike scores: per cent of steps, mean over the whole grid. 7σ: that far or farther from the mean of the last 1000 "
     "values (OLMo 2, 2501.00656, section 3.2; sigma over the same window is our reading). 6σ: above mean + 6 sigma of "
     "the last 128 (OLMo-core's stability monitor).",
@@ -110,8 +113,10 @@ def table(result: Result) -> str:
     """Return the whole result as text of at most ``WIDTH`` columns."""
     names = names_of(result)
     head = [
-        f"{result.name}: {plural(len(result.arms), 'arm')}, {plural(len(result.lrs), 'learning rate')} "
-        f"{rate(result.lrs[0])} to {rate(result.lrs[-1])}, {plural(len(result.seeds), 'seed')}",
+        *_wrap(
+            f"{result.name}: {plural(len(result.arms), 'arm')}, {plural(len(result.lrs), 'learning rate')} "
+            f"{rate(result.lrs[0])} to {rate(result.lrs[-1])}, {plural(len(result.seeds), 'seed')}"
+        ),
         "",
         *_wrap(f"Hypothesis, declared before the first run: {result.hypothesis or 'none'}"),
     ]
@@ -197,8 +202,11 @@ def logit_text(interval: Interval | None) -> str:
 def _logits(result: Result, names: Mapping[str, str]) -> list[list[str]]:
     """Return the largest attention logit at the end, by rate, in as many tables as the width needs."""
     out = []
-    for start in range(0, len(result.lrs), 9):
-        lrs = result.lrs[start : start + 9]
+    texts = [logit_text(p.max_logit) for arm in result.arms for p in arm.points]
+    widest = max(map(len, [*texts, *map(rate, result.lrs)])) + 2
+    columns = min(9, (WIDTH - NAME_WIDTH - 2) // widest)
+    for start in range(0, len(result.lrs), columns):
+        lrs = result.lrs[start : start + columns]
         rows = [["max attention logit; lr", *map(rate, lrs)]]
         for arm in result.arms:
             at = {p.lr: p for p in arm.points}
@@ -243,7 +251,7 @@ def by_verdict(result: Result) -> dict[str, list[ArmResult]]:
 def _judged(result: Result) -> list[str]:
     counts = {verdict: len(arms) for verdict, arms in by_verdict(result).items()}
     total = ", ".join(f"{n} {name}" for name, n in counts.items()) or "no arm beside the baseline"
-    lines = [f"Against the hypothesis: sensitivity relative to {result.baseline}: {total}"]
+    lines = _wrap(f"The hypothesis and the numbers: sensitivity relative to {result.baseline}: {total}")
     return lines + [line for text in verdicts(result) for line in _wrap(text, "  ")]
 
 

@@ -213,7 +213,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An ordering beside a study: Kendall's tau-b over the arms that were run (``None`` where undefined) and pairs."""
+    """An ordering beside a study: Kendall's tau-b over the arms that were run and pairs.
+
+    ``tau`` is ``None`` where it is undefined or no pair is separated: it would be an order of noise.
+    """
 
     ordering: Ordering
     arms: tuple[str, ...]
@@ -230,12 +233,12 @@ class Comparison:
 
     def headline(self) -> str:
         """Return the result in one sentence."""
-        tau = "undefined" if self.tau is None else f"{self.tau:+.2f}"
+        tau = "" if self.tau is None else f"; Kendall's tau-b {self.tau:+.2f}"
         ordered = f"{len(self.pairs)} pair" + ("" if len(self.pairs) == 1 else "s")
         return (
             f"{ordered} ordered by the publication among the {len(self.arms)} arms run here: reproduced "
-            f"{self.count('agrees')}, reversed {self.count('reversed')}, not separated {self.count('not separated')}; "
-            f"Kendall's tau-b {tau}."
+            f"{self.count('agrees')}, reversed {self.count('reversed')}, not separated {self.count('not separated')}"
+            f"{tau}."
         )
 
     def disagreements(self) -> list[str]:
@@ -284,7 +287,8 @@ def compare(readings: Sequence[Reading]) -> tuple[Comparison, ...]:
             if abs(one[1] - two[1]) > ordering.tolerance
         )
         measured = [_mean(reading.values[ordering.quantity]) for reading, _ in known]
-        tau = kendall_tau([value for _, value in known], measured, ordering.tolerance)
+        separated = any(pair.found != "not separated" for pair in pairs)
+        tau = kendall_tau([value for _, value in known], measured, ordering.tolerance) if separated else None
         out.append(Comparison(ordering, tuple(reading.label for reading, _ in known), tau, pairs))
     return tuple(out)
 

@@ -240,6 +240,11 @@ def check_counts(workers: int, threads: int) -> None:
             raise UserError(f"--{name} is {value}; use {least} to {most} on this machine")
 
 
+def check_cache(cache: Path) -> None:
+    if cache.exists() and not cache.is_dir():
+        raise UserError(f"cannot use the cache '{cache}': it is a file; give a folder with --cache")
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the study for this process; the system lets go of it however the process ends."""
@@ -267,6 +272,7 @@ def _tidy(study: Study) -> None:
 
 def _fetch(study: Study, cells: Sequence[Cell], cache: Path) -> list[Cell]:
     """Copy what other studies have computed; return the cells that are still to do."""
+    check_cache(cache)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:

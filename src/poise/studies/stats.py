@@ -20,10 +20,16 @@ Window = tuple[float, float]
 Criterion = Literal["init", "half"]
 
 CRITERIA: Final[Mapping[Criterion, str]] = {
-    "init": "not finite, or a final validation loss above the loss before the first step",
-    "half": "not finite, or a final validation loss that gave back at least half of the arm's best gain",
+    "init": "not finite, or a final validation loss not 0.01 nats below the floor, which is min(loss before the first "
+    "step, ln V)",
+    "half": "not finite, or, at or above the arm's best rate, a final validation loss that gave back at least half of "
+    "the arm's best gain below that floor",
 }
-"""Operational definitions of a diverged run."""
+"""Operational definitions of a diverged run; ``diverged_seeds`` has them in full."""
+MARGIN: Final = 0.01
+"""Nats by which a run must end below the floor, else it diverged."""
+NOWHERE: Final = 0.02
+"""An arm whose best run is not farther below the floor has nowhere trained."""
 
 _CLOSE: Final = 1e-9
 """Relative difference below which two rates are the same point of a grid."""
@@ -206,43 +212,80 @@ def best_window(
     return best[1], best[2]
 
 
-def diverged(loss: float, init_loss: float, best: float, criterion: Criterion) -> bool:
-    """Return whether a run diverged: see ``CRITERIA``; ``best`` is the lowest final loss of the arm.
+def floor_of(init_loss: float, vocab_size: int | None) -> float:
+    """Return the loss of a model that has learned nothing: min(loss before the first step, ln V).
 
-    ``half`` means loss > best + 0.5 (init_loss - best). An arm that never got below ``init_loss`` has gained nothing,
-    so all its runs count as diverged.
+    A run that collapsed to the uniform distribution ends at ln V, which lies below the loss of an untied start.
     """
-    if not math.isfinite(loss) or loss > init_loss:
-        return True
-    if criterion == "init":
-        return False
-    gain = init_loss - best
-    return gain <= 0 or loss > best + 0.5 * gain
+    return init_loss if vocab_size is None else min(init_loss, math.log(vocab_size))
 
 
-def first_diverging_lr(
-    losses: Mapping[float, Mapping[int, float]], init_loss: Mapping[int, float], criterion: Criterion = "init"
-) -> FirstDiverging:
-    """Return from which rate on an arm diverges, over the rates and seeds that were run.
+def best_rate(losses: Mapping[float, Mapping[int, float]], init_loss: Mapping[int, float]) -> float | None:
+    """Return the rate of the lowest mean capped loss, of those that most seeds were run at; ties go to the lowest."""
+    most = max(map(len, losses.values()), default=0)
+    means = [
+        (math.fsum(capped(loss, init_loss[seed]) for seed, loss in cells.items()) / most, lr)
+        for lr, cells in losses.items()
+        if cells and len(cells) == most
+    ]
+    return min(means)[1] if means else None
 
-    A run diverges by ``criterion`` "init" when its final validation loss is not finite or above the loss at
-    initialisation; by "half" also when it exceeds the arm's best loss by more than half of what training had gained,
-    best + 0.5 (init - best), the best being the lowest finite final loss of any of the arm's runs. The result is known
-    to one step of the grid only.
+
+def diverged_seeds(
+    losses: Mapping[float, Mapping[int, float]],
+    init_loss: Mapping[int, float],
+    criterion: Criterion = "init",
+    vocab_size: int | None = None,
+) -> dict[float, tuple[int, ...]]:
+    """Return which seeds diverged at each rate of an arm; see ``CRITERIA``.
+
+    The floor of a seed is ``floor_of``. "init": the final validation loss is not finite or above floor - ``MARGIN``.
+    "half": it also exceeds best + 0.5 (floor - best), the best being the lowest finite final loss of any of the arm's
+    runs. Rates below the arm's best rate (``best_rate``: of the mean over the seeds) are slow, not diverged: there
+    "half" counts only runs that are not finite. An arm none of whose runs is more than ``NOWHERE`` below its floor has
+    nowhere trained: all its runs diverged, by both.
 
     Args:
         losses: final validation loss by rate and seed.
         init_loss: loss before the first step, by seed.
         criterion: which of ``CRITERIA``.
+        vocab_size: V; ``None`` where it is not known, which makes the floor the loss before the first step.
     """
-    finite = [loss for cells in losses.values() for loss in cells.values() if math.isfinite(loss)]
-    best = min(finite, default=math.inf)
-    most: list[tuple[float, bool]] = []
-    any_seed: float | None = None
-    for lr in sorted(lr for lr, cells in losses.items() if cells):
-        bad = sum(diverged(loss, init_loss[seed], best, criterion) for seed, loss in losses[lr].items())
-        most.append((lr, 2 * bad > len(losses[lr])))
-        any_seed = lr if bad and any_seed is None else any_seed
+    floor = {seed: floor_of(loss, vocab_size) for seed, loss in init_loss.items()}
+    finite = [(loss, seed) for cells in losses.values() for seed, loss in cells.items() if math.isfinite(loss)]
+    if all(loss >= floor[seed] - NOWHERE for loss, seed in finite):
+        return {lr: tuple(cells) for lr, cells in losses.items()}
+    best, at = min(loss for loss, _ in finite), best_rate(losses, init_loss)
+    assert at is not None, "there is a run"
+
+    def is_bad(lr: float, seed: int, loss: float) -> bool:
+        if criterion == "half" and lr < at:
+            return not math.isfinite(loss)
+        return _diverged(loss, floor[seed], best, criterion)
+
+    return {lr: tuple(s for s, loss in cells.items() if is_bad(lr, s, loss)) for lr, cells in losses.items()}
+
+
+def _diverged(loss: float, floor: float, best: float, criterion: Criterion) -> bool:
+    if not math.isfinite(loss) or loss >= floor - MARGIN:
+        return True
+    return criterion == "half" and loss > best + 0.5 * (floor - best)
+
+
+def first_diverging_lr(
+    losses: Mapping[float, Mapping[int, float]],
+    init_loss: Mapping[int, float],
+    criterion: Criterion = "init",
+    vocab_size: int | None = None,
+) -> FirstDiverging:
+    """Return from which rate on an arm diverges, over the rates and seeds that were run.
+
+    ``diverged_seeds`` has the arguments and says what counts. The result is known to one step of the grid only.
+    """
+    seeds = diverged_seeds(losses, init_loss, criterion, vocab_size)
+    run = sorted(lr for lr, cells in losses.items() if cells)
+    most = [(lr, 2 * len(seeds[lr]) > len(losses[lr])) for lr in run]
+    any_seed = next((lr for lr in run if seeds[lr]), None)
     majority: float | None = None
     for lr, is_bad in reversed(most):
         if not is_bad:

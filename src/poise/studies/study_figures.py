@@ -110,7 +110,9 @@ def first_by_arm(result: Result) -> Figure:
             )
     figure = _by_arm(rows, traces, axis="")
     figure["layout"]["xaxis"] = _lr_axis(result)
-    figure["layout"] |= {"showlegend": True, "legend": legend(-0.08)}
+    inside = figure["layout"]["height"] - 60  # the plot: without its margins
+    figure["layout"] |= {"showlegend": True, "legend": legend(-56 / inside), "height": inside + 120}
+    figure["layout"]["margin"]["b"] = 110  # ticks, title, and two rows of the legend
     return figure
 
 

@@ -55,8 +55,9 @@ def write(result: Result, records: Sequence[Record], declaration: Mapping[str, A
     _cost(page, result)
     page.heading("Every arm: final loss by learning rate")
     page.paragraph(
-        "Points are runs, lines are means over the seeds, the baseline in grey; an open circle at the top is a run "
-        "that is not finite or ended above the loss before the first step.",
+        "Points are runs, lines are means over the seeds, the baseline in grey; an open circle is a run that "
+        "diverged ('init' below); one that is not finite or worse than at the start is drawn at the loss before the "
+        "first step.",
         "soft",
     )
     page.figure(panels.loss_panels(result), "Final loss by learning rate, a panel for every arm")
@@ -112,8 +113,8 @@ def _curves(page: Page, result: Result) -> None:
     )
     page.paragraph(
         "Final validation loss, mean and 95 % interval over the seeds. Runs that are not finite or worse than at the "
-        f"start count, and are drawn, at the loss before the first step; open marks: most seeds did. {some}{_LEGEND} "
-        + ZOOM,
+        f"start count, and are drawn, at the loss before the first step; open marks: most seeds diverged "
+        f"('init' below). {some}{_LEGEND} {ZOOM}",
         "soft",
     )
     page.figure(figures.loss_by_lr(result), f"Final validation loss by learning rate. {' '.join(verdicts(result)[:3])}")

@@ -16,6 +16,7 @@ from poise.dashboard.figures import rounded
 from poise.dashboard.text import escape, number
 from poise.studies.lr_sensitivity import Record, Result, as_float
 from poise.studies.lr_table import rate, short
+from poise.studies.stats import capped
 from poise.studies.study_figures import Figure, axis_colours, init_loss, legend, loss_range, lr_range, marks
 
 COLUMNS: Final = 3
@@ -36,11 +37,11 @@ def loss_panels(result: Result) -> Figure:
             traces.append(line | axes | {"line": {"color": colour, "width": width}, "showlegend": False})
         init = init_loss(result) if arm.init_loss is None else arm.init_loss.mean
         runs = [(p.lr, seed, loss) for p in arm.points for seed, loss in p.losses]
-        lost = [not math.isfinite(loss) or loss > init for _, _, loss in runs]
+        lost = [seed in p.diverged_seeds for p in arm.points for seed, _ in p.losses]
         texts = [f"{escape(arm.label)}<br>lr {lr:.3g}, seed {seed}: {number(loss, 3)}" for lr, seed, loss in runs]
         mark = marks(
             [lr for lr, _, _ in runs],
-            [init if bad else float(f"{loss:.6g}") for (_, _, loss), bad in zip(runs, lost, strict=True)],
+            [float(f"{capped(loss, init):.6g}") for _, _, loss in runs],
             texts,
             arm.label,
             ["circle-open" if bad else "circle" for bad in lost],

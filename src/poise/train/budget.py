@@ -6,20 +6,32 @@ import dataclasses
 from typing import Any
 
 from poise.hardware import distributed, precision, throughput
+from poise.model.bound import conditions, unjudged
 from poise.model.build import build
 from poise.model.counts import count
+from poise.train.optimizer import optimizer_for
 from poise.train.recipe import Recipe
 
 UTILISATION = 0.4
 """Share of the matrix-product rate that the time estimate assumes."""
 
+LARGE = 300_000_000
+"""Parameters above which no reparameterised matrices are made for the gradient bound: it would take seconds."""
+
 
 def budget(recipe: Recipe) -> dict[str, Any]:
-    """Return sizes, token budget, memory and a time estimate. Nothing is allocated: the model is built on meta."""
+    """Return sizes, token budget, memory, a time estimate, and what the gradient bound says of the start.
+
+    The model is built on meta. Only a method that reparameterises matrices (``wesar``) has one of each kind made.
+
+    Raises:
+        UserError: an optimizer that does not go with the model's methods.
+    """
     spec, config = recipe.spec(), recipe.train
     device = distributed.init().device
     counts = count(spec)
     model = build(spec, seed=recipe.seed, device="meta")
+    optimizer_for(recipe.optim, model)  # makes the checks of a run; state comes with the first step
     built = sum(p.numel() for p in model.parameters())
     assert built == counts.params, f"the count says {counts.params}, the model has {built} parameters"
     dtype = precision.pick_dtype(config.dtype, device)
@@ -38,8 +50,17 @@ def budget(recipe: Recipe) -> dict[str, Any]:
         "dtype": name,
         "matmul_flops_per_s": rate,
         "estimated_seconds": round(flops / (UTILISATION * rate), 1),
+        "gradient_bound": _bound(recipe, counts.params),
         "spec": spec.to_dict(),
     }
+
+
+def _bound(recipe: Recipe, parameters: int) -> list[str]:
+    """What the conditions of Spike No More say of the start, and what they do not judge."""
+    spec = recipe.spec()
+    if spec.linear.name != "linear" and parameters > LARGE:
+        return [f"not computed: it takes matrices of '{spec.linear.name}'; poise.model.bound has conditions(spec)"]
+    return [*conditions(spec), *unjudged(spec)]
 
 
 def render(recipe: Recipe, figures: dict[str, Any]) -> str:
@@ -48,6 +69,9 @@ def render(recipe: Recipe, figures: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items() if name != "total")
     config = recipe.train
     micro = config.micro_batch or config.batch_size
+    said = figures["gradient_bound"] or ["no condition of Spike No More is violated"]
+    if len(said) > 3:
+        said = [*said[:2], f"and {len(said) - 2} more: poise train ... --dry-run --json"]
     return "\n".join(
         [
             f"recipe      {recipe.name}",
@@ -60,6 +84,8 @@ def render(recipe: Recipe, figures: dict[str, Any]) -> str:
             f"{UTILISATION:.0%} of its {figures['dtype']} matrix-product rate "
             f"({figures['matmul_flops_per_s'] / 1e9:,.0f} GFLOP/s)",
             f"methods     {', '.join(recipe.model.methods) or 'none'}",
+            "gradient bound at the start",
+            *(f"  {line}" for line in said),
         ]
     )
 

@@ -38,7 +38,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     init: Literal["default", "small"] = "small"
-    methods: tuple[str, ...] = ("qk_norm", "z_loss")
+    methods: tuple[str, ...] = ("wesar", "peri_ln", "qk_norm", "z_loss", "layer_scale")
 
     def spec(self, vocab_size: int, seq_len: int) -> Spec:
         """Return the model's ``Spec``, methods applied."""

@@ -66,8 +66,10 @@ def find_linears(model: nn.Module, names: Iterable[str] | None = None) -> tuple[
         names: shell patterns of places, such as ``block.0.*`` or ``*.qkv``; by default all.
 
     Raises:
-        UserError: a pattern that fits no layer.
+        UserError: a pattern that fits no layer; something else than a module.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"linear layers are those of a torch module, not of a {type(model).__name__}; give the model")
     at: dict[str, nn.Module] = {}
     for raw, module in inner_of(model).named_modules():
         name = ".".join(part for part in raw.split(".") if part not in WRAPPERS)
@@ -81,7 +83,8 @@ def find_linears(model: nn.Module, names: Iterable[str] | None = None) -> tuple[
     for pattern in wanted:
         if not fnmatch.filter([place for _, place in found], pattern):
             known = ", ".join(place for _, place in found[:6])
-            raise UserError(f"no linear layer is at '{pattern}'; there are {known}, ...")
+            there_are = f"there are {known}, ..." if found else "this model has no linear layer at all"
+            raise UserError(f"no linear layer is at '{pattern}'; {there_are}")
     return tuple((m, place) for m, place in found if any(fnmatch.fnmatchcase(place, one) for one in wanted))
 
 
@@ -101,7 +104,9 @@ class LinearNorms:
         measured: number of the step that the readings belong to; ``None`` before the first.
 
     Raises:
-        UserError: ``every`` below 1, or a name that fits no layer.
+        UserError: ``every`` below 1, a name that fits no layer, or something else than a module.
+
+    A model without linear layers gets a warning, and no readings.
     """
 
     def __init__(
@@ -119,6 +124,8 @@ class LinearNorms:
         self.places = tuple(place for _, place in self._sites)
         self.measured: int | None = None
         self._once = Once()
+        if not self._sites:
+            self._once.warn("linears", "this model has no linear layers, so there are no norms of them to measure")
         self._all_places: tuple[str, ...] = ()
         self._loss_scale: Tensor | float = 1.0
         self._stack: contextlib.ExitStack | None = None

@@ -64,7 +64,8 @@ class Watch:
             point.register_forward_pre_hook(self._before, with_kwargs=True),
             point.register_forward_hook(self._after, always_call=True),
         ]
-        if not (self._sites.linears or self._sites.blocks):
+        others = self._linears is not None and self._linears.places
+        if not (self._sites.linears or self._sites.blocks or others):
             self._once.warn("sites", "watch: no layer of this model has a known name, so there is nothing to measure")
 
     @property
@@ -180,7 +181,7 @@ class Watch:
 
     def _deaf(self) -> None:
         if not (self._sites.linears or self._sites.blocks):
-            return  # said already: there is nothing to hear
+            return  # no layer has a known name: there is nothing to hear, and that is no fault
         self._once.warn(
             "deaf",
             "watch: the model's layers were not heard, so there are no readings of layers; compile with"
@@ -207,8 +208,12 @@ def watch(
         linears: also measure the norms of every linear layer's output, input, input gradient and weight.
 
     Raises:
-        UserError: ``every`` or ``rows`` below 1.
+        UserError: ``every`` or ``rows`` below 1, or something else than a module.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"poise.watch takes a torch module, not a {type(model).__name__}; give the model that is called"
+        )
     if every < 1 or rows < 1:
         raise UserError(f"every is {every} and rows is {rows}; give whole numbers of at least 1")
     return Watch(model, every, loss, rows, linears)

@@ -98,9 +98,18 @@ def _check_matrix(module: nn.Module, where: str) -> None:
 
 
 def is_trained(sites: Sites) -> bool:
-    """Return whether the weights have been trained: the final norm's gains start at exactly one and do not stay so."""
-    gain_D = sites.body.norm.weight
-    return not gain_D.is_meta and not bool((gain_D == 1).all())
+    """Return whether the weights show training: gains of norms start at exactly one, biases at one value.
+
+    May miss it: gains and biases that were frozen, or whose updates were lost in the rounding of low precision.
+    """
+    for module in sites.body.modules():
+        gain = getattr(module, "weight", None) if type(module).__name__.endswith("Norm") else None
+        if isinstance(gain, Tensor) and not gain.is_meta and not bool((gain == 1).all()):
+            return True
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor) and not bias.is_meta and not bool((bias == bias[:1]).all()):
+            return True
+    return False
 
 
 def own_config(model: Any) -> None:

@@ -82,7 +82,10 @@ def load(name: str) -> Method:
         UserError: no method of this name.
     """
     if name not in METHODS:
-        raise UserError(f"no model method '{name}'{nearest(name, METHODS)}; there are {', '.join(sorted(METHODS))}")
+        near = nearest(name, METHODS)
+        raise UserError(
+            f"no model method '{name}'{near + ' see poise methods' if near else '; there are ' + ', '.join(METHODS)}"
+        )
     return typing.cast(Method, importlib.import_module(f"{__name__}.{name}"))
 
 
