@@ -34,7 +34,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    recipe = recipes.load("nano", {"train": {"threads": options.threads, "steps": 100_000, "compile": "off"}})
+    shape = {"tied": True, "methods": ["qk_norm", "z_loss"]}
+    recipe = recipes.load(
+        "nano", {"model": shape, "train": {"threads": options.threads, "steps": 100_000, "compile": "off"}}
+    )
     world = distributed.init()
     tokens, recipe = prepared(recipe, None, world)
     with tempfile.TemporaryDirectory() as tmp:

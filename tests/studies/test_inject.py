@@ -447,7 +447,8 @@ def test_places(values: dict[str, Any], tmp_path: Path) -> None:
     train(load("nano", short), tmp_path / "run", before=look)
     assert found["embed"] == ["embedding.weight"] and found["final"] == ["trunk.norm.weight"]
     assert found["block.1.fc2"] == ["trunk.blocks.1.mlp.out.weight"]
-    assert len(found[""]) == 2 + 2 * len(found["block.0"])
+    ends = 3  # embedding, final norm, head
+    assert len(found[""]) == ends + 2 * len(found["block.0"])
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,10 @@ def text() -> str:
     return "\n".join(lines)
 
 
-def test_ten_steps_of_nano(tmp_path: Path) -> None:
+def test_ten_steps_of_the_nano_shape(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text(), encoding="utf-8")
     values = {
+        "model": {"tied": True, "methods": ["qk_norm", "z_loss"]},  # the plain parts: methods have numbers of their own
         "data": {"source": str(tmp_path / "text.txt"), "dir": str(tmp_path / "tokens"), "vocab_size": 512},
         "optim": {"schedule": {"warmup_steps": 9}},
         "train": {
