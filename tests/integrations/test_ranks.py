@@ -48,6 +48,7 @@ def test_two_ranks_agree() -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_four_ranks_agree_on_a_bad_value_of_one() -> None:
     run_ranks(4, "ddp", "bad_gradient,bad_loss")
 
