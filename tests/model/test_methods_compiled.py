@@ -44,6 +44,8 @@ def test_recomputed_blocks_give_the_same_gradients_and_the_same_state(name: str)
 def compiled_equals_eager(name: str, backend: str) -> None:
     torch.compiler.reset()
     eager, compiled = model_of(name), model_of(name)
+    if str(eager.trunk) == str(build(SMALL, seed=0).trunk) and eager.spec.attn_scale == SMALL.attn_scale:
+        pytest.skip("its trunk is the plain one")
     compiled.trunk.compile(backend=backend, fullgraph=True, dynamic=False)
     before, after = two_steps(eager), two_steps(compiled)
     assert before.keys() == after.keys()

@@ -104,6 +104,7 @@ def one_rank(rank: int, world: int, part: int, port: int, folder: str) -> None:
     os._exit(0)  # threads of a process group that is gone can abort the interpreter's teardown
 
 
+@pytest.mark.slow
 def test_two_one_four(tmp_path: Path) -> None:
     for part, world in enumerate(WORLDS):
         with socket.socket() as free:
