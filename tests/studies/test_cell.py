@@ -19,6 +19,7 @@ from poise.core.errors import UserError
 from poise.core.journal import read, timeline
 from poise.data.store import Tokens, open_tokens
 from poise.model.build import build
+from poise.model.methods import logit_tap
 from poise.studies import attention_logits
 from poise.studies.cell import Cell, Stopped, read_record, run_cell
 from poise.train import recipe as recipes
@@ -192,11 +193,8 @@ def test_the_largest_product_is_over_visible_pairs(T: int, G: int, R: int, rows:
     k_BGTK[:, :, -1] *= 100  # only the last query sees it
     products = np.einsum("bhtk,bhsk->bhts", q_BHTK.double().numpy(), k_BGTK.repeat_interleave(R, 1).double().numpy())
     expected = products[:, :, np.tril(np.ones((T, T), bool))].max()
-    before, attention_logits.BLOCK_ROWS = attention_logits.BLOCK_ROWS, rows  # type: ignore[misc]
-    try:
-        found = float(attention_logits.largest_product(q_BHTK, k_BGTK))
-    finally:
-        attention_logits.BLOCK_ROWS = before  # type: ignore[misc]
+    one_row = 4 * 2 * G * R * T  # bytes of fp32 products of one query row of all heads
+    found = float(logit_tap.largest(q_BHTK, k_BGTK, 1.0, budget=rows * one_row).amax())
     assert found == pytest.approx(expected, rel=1e-5)
 
 
