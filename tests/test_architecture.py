@@ -22,9 +22,10 @@ ALLOWED = {
     **{room: {"core"} for room in TOPICS},
     "train": {"core", *TOPICS},
     "integrations": {"core", "guard", "optim"},
-    "postmortem": {"core", "guard"},
+    "postmortem": {"core", "guard", "dashboard"},
     "studies": {"core", "train", *TOPICS},
-    "cli": {"core", "train", "postmortem", "studies", *TOPICS},
+    "preflight": {"core", "train", "studies", *TOPICS},
+    "cli": {"core", "train", "postmortem", "studies", "preflight", *TOPICS},
 }
 """Which rooms a room may import, besides itself."""
 

@@ -8,6 +8,9 @@ where steps repeat is decided here, once for all formats:
     * NaN and infinity are values; a value that is absent leaves a gap in its own series only;
     * where the steps of the loss go back, the later branch counts, and a note marks the seam.
 
+A row whose step is no whole number is left out. Where no column counts steps but one counts samples or tokens, that one
+orders the rows, and ``step_unit`` says so.
+
 Memory: 12 bytes a value while reading, whatever the length of the file, and 16 in the result.
 """
 
@@ -15,10 +18,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ from numpy.typing import NDArray
 from poise.core.errors import UserError, nearest
 from poise.postmortem.readers import READERS
 from poise.postmortem.readers.names import GRAD_NORM, LOSS, LR, STEP, TOKENS, VAL_LOSS, choose, words
-from poise.postmortem.readers.source import Notes, Rewound, Row, Source
+from poise.postmortem.readers.source import Block, Item, Notes, Restarted, Rewound, Source
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -54,13 +58,21 @@ class Log:
         format: of the reader, e.g. ``jsonl``.
         series: name -> (steps, values): int64 rising strictly, and float64 of the same length.
         notes: one-line remarks: what was guessed, left out, or done twice.
+        restarts: steps that were the first after the run had been stopped, or had gone back.
+        settings: what the log says of the run's settings, by the log's own names.
+        loss_unit: ``nats`` or ``bits`` where it can be told, else empty.
+        step_unit: what ``steps`` counts: ``steps``, ``samples``, ``tokens`` or ``rows``.
     """
 
     path: Path
     name: str
     format: str
     series: Series
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    restarts: tuple[int, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    loss_unit: str = ""
+    step_unit: str = "steps"
 
 
 def read_log(path: str | Path, *, step_column: str | None = None, loss_column: str | None = None) -> Log:
@@ -78,11 +90,18 @@ def read_log(path: str | Path, *, step_column: str | None = None, loss_column: s
     if not source.head:
         raise UserError(f"'{file}' is empty; name a log with at least one step in it")
     reader = _reader(source)
-    rows: Iterator[Row | Rewound] = reader.read(source)
     columns = _Columns(source.notes, str(file))
-    columns.fill(rows, step_column)
+    columns.fill(reader.read(source), step_column)
     series = columns.series(loss_column)
-    return Log(file, trace_name(file), reader.FORMAT, series, source.notes.texts())
+    return Log(
+        file,
+        trace_name(file),
+        reader.FORMAT,
+        series,
+        source.notes.texts(),
+        restarts=columns.restarts,
+        settings=dict(source.settings),
+    )
 
 
 def trace_name(path: Path) -> str:
@@ -113,7 +132,7 @@ def _find(path: Path) -> Path:
 
 def _reader(source: Source) -> Any:
     """Return the module that recognises the file."""
-    modules = [importlib.import_module(name) for name in READERS]
+    modules = [importlib.import_module(name) for name in READERS if importlib.util.find_spec(name)]
     scores = [module.sniff(source) for module in modules]
     if max(scores) <= 0.0:
         known = "; ".join(module.LOOKS_FOR for module in modules)
@@ -134,15 +153,23 @@ class _Columns:
         self._values: dict[str, tuple[array[int], array[float]]] = {}  # rows and values of each column
         self._marks: list[tuple[float, int]] = []  # between which rows, and to which step, the log says it went back
         self._step_column = ""
+        self._restarted: list[int] = []  # rows before which the program began again
+        self.restarts: tuple[int, ...] = ()
 
-    def fill(self, rows: Iterator[Row | Rewound], step_column: str | None) -> None:
+    def fill(self, rows: Iterator[Item], step_column: str | None) -> None:
         """Take in all rows."""
         first = list(islice(rows, PROBE_ROWS))
-        self._step_column = self._choose_step([row for row in first if not isinstance(row, Rewound)], step_column)
+        self._step_column = self._choose_step(first, step_column)
         name = self._step_column
         for row in chain(first, rows):
             if isinstance(row, Rewound):
                 self._marks.append((len(self._steps) - 0.5, row.to))
+                continue
+            if isinstance(row, Restarted):
+                self._restarted.append(len(self._steps))
+                continue
+            if isinstance(row, Block):
+                self._block(row.columns, name)
                 continue
             step = row.get(name) if name else len(self._steps) + 1.0
             if step is None or not abs(step) < MAX_STEP or step != step // 1:
@@ -153,6 +180,22 @@ class _Columns:
             for column, value in row.items():
                 if column != name:
                     self._column(column, number, value)
+
+    def _block(self, columns: Mapping[str, Floats], name: str) -> None:
+        """Take in many rows at once."""
+        length = len(next(iter(columns.values()), ()))
+        start = len(self._steps)
+        steps = columns[name] if name in columns else np.full(length, np.nan)
+        if not name:
+            steps = start + 1.0 + np.arange(length)
+        good = (np.abs(steps) < MAX_STEP) & (steps == np.floor(steps))
+        for _ in range(length - int(good.sum())):
+            self._notes.add(f"row without a whole number as '{name}' left out")
+        self._steps.frombytes(steps[good].astype(np.int64).tobytes())
+        rows = np.arange(start, len(self._steps), dtype=np.uint32)
+        for column, values in columns.items():
+            if column != name:
+                self._column(column, 0, 0.0, (rows, values[good]))
 
     def series(self, loss_column: str | None) -> Series:
         """Return what counts, by the names of ``Log.series``."""
@@ -178,13 +221,17 @@ class _Columns:
                 out[name] = kept_steps, kept
         return out
 
-    def _column(self, column: str, row: int, value: float) -> None:
+    def _column(self, column: str, row: int, value: float, many: tuple[Any, Floats] | None = None) -> None:
         if column not in self._values:
             if len(self._values) >= MAX_COLUMNS:
                 self._notes.add(f"columns beyond the first {MAX_COLUMNS} left out")
                 return
             self._values[column] = array("I"), array("d")
         rows, values = self._values[column]
+        if many is not None:
+            rows.frombytes(many[0].tobytes())
+            values.frombytes(many[1].astype(np.float64).tobytes())
+            return
         rows.append(row)
         values.append(value)
 
@@ -192,11 +239,15 @@ class _Columns:
         rows = self._values[raw][0] if raw in self._values else array("I")
         return np.array(rows, dtype=np.int64)
 
-    def _choose_step(self, rows: list[Row], wanted: str | None) -> str:
+    def _choose_step(self, rows: list[Item], wanted: str | None) -> str:
         counts: dict[str, int] = {}
         for row in rows:
-            for name in row:
-                counts[name] = counts.get(name, 0) + 1
+            if isinstance(row, Block):
+                for name, values in row.columns.items():
+                    counts[name] = counts.get(name, 0) + len(values)
+            elif isinstance(row, dict):
+                for name in row:
+                    counts[name] = counts.get(name, 0) + 1
         if wanted is not None:
             return self._wanted(wanted, counts, "--step-column")
         chosen, others = choose(STEP, counts)

@@ -13,7 +13,7 @@ from typing import Any
 from poise.core.journal import FIELDS
 from poise.postmortem.readers import jsonl
 from poise.postmortem.readers.names import LOSS, STEP, VAL_LOSS
-from poise.postmortem.readers.source import Rewound, Row, Source, number
+from poise.postmortem.readers.source import Item, Rewound, Row, Source, number
 
 FORMAT = "poise"
 LOOKS_FOR = "a poise run folder or its journal.jsonl"
@@ -28,7 +28,7 @@ def sniff(source: Source) -> float:
     return 1.0 if any(is_record(record) and "time" in record for record in records) else 0.0
 
 
-def read(source: Source) -> Iterator[Row | Rewound]:
+def read(source: Source) -> Iterator[Item]:
     """Yield steps, evaluations (as ``val_loss``) and the layers' readings."""
     last = -1
     for line in source.lines():

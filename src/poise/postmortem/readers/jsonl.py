@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from poise.postmortem.readers.names import LOSS, STEP, rank
-from poise.postmortem.readers.source import Rewound, Row, Source, number
+from poise.postmortem.readers.source import Item, Row, Source, number
 
 FORMAT = "jsonl"
 LOOKS_FOR = 'JSON lines like {"step": 1, "loss": 2.5}'
@@ -30,7 +30,7 @@ def sniff(source: Source) -> float:
     return 0.8 if known else 0.2
 
 
-def read(source: Source) -> Iterator[Row | Rewound]:
+def read(source: Source) -> Iterator[Item]:
     """Yield one row a record."""
     for line in source.lines():
         record = parse(line)

@@ -5,10 +5,12 @@ A reader is a module with
     FORMAT: str                                      what ``Log.format`` says
     LOOKS_FOR: str                                   what it recognises, for the message when nothing fits
     sniff(source: Source) -> float                   0 (not mine) .. 1 (certainly mine), from ``source.head``
-    read(source: Source) -> Iterator[Row | Rewound]  streaming; remarks go to ``source.notes``
+    read(source: Source) -> Iterator[Item]           streaming; remarks go to ``source.notes``
 
 A row maps the log's own column names to numbers; which column is the step, the loss, ... is decided for all formats
-together in ``log.py``. A value that is absent is left out of the row; NaN and infinity are values.
+together in ``log.py``. A value that is absent is left out of the row; NaN and infinity are values. A reader that
+parses many rows at once yields a ``Block`` of them; one that sees the program begin again yields ``RESTARTED``. What a
+log says of its own settings (a batch size, an argument dump) goes to ``source.settings``, by the log's own names.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -48,6 +53,23 @@ class Rewound:
     """Among the rows: whatever came before and has a step above ``to`` does not count any more."""
 
     to: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """Among the rows: the program was started again here; the next row is its first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Many rows at once: for each column a float64 array, all of one length, with a value in every row."""
+
+    columns: Mapping[str, NDArray[np.float64]]
+
+
+RESTARTED = Restarted()
+
+Item = Row | Block | Rewound | Restarted
 
 
 class Notes:
@@ -81,7 +103,9 @@ class Source:
         path: the file.
         head: its first bytes, decompressed.
         head_lines: the whole lines of ``head``, clean and not blank; garbage when the file is no text.
+        parts: the files it consists of, in order; one, but for a folder of event files.
         notes: remarks of whoever reads it.
+        settings: what the log says of its run's settings, by the log's own names.
         line: number of the line that ``lines`` gave last, from 1.
         at_end: whether that line is the file's last.
 
@@ -89,14 +113,14 @@ class Source:
         OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, parts: Sequence[Path] = ()) -> None:
         self.path = path
+        self.parts = tuple(parts) or (path,)
         self.notes = Notes()
+        self.settings: dict[str, str] = {}
         self.line = 0
         self.at_end = False
-        with path.open("rb") as file:
-            start = file.read(8)
-        self._open = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), io.open)
+        self._open = _opener(path)
         with self.binary() as file:
             self.head = b"".join(_pieces(file))
         self._encoding = next((name for bom, name in _BOMS.items() if self.head.startswith(bom)), "utf-8")
@@ -105,10 +129,11 @@ class Source:
             del texts[-1]
         self.head_lines = [line for text in texts if (line := clean(text)).strip()]
 
-    def binary(self) -> IO[bytes]:
-        """Open the file for a reader of bytes, decompressed."""
-        file: IO[bytes] = self._open(self.path, "rb")
-        return file
+    def binary(self, part: Path | None = None) -> IO[bytes]:
+        """Open the file, or one of its parts, for a reader of bytes, decompressed."""
+        if part is not None and part != self.path:
+            return cast(IO[bytes], _opener(part)(part, "rb"))
+        return cast(IO[bytes], self._open(self.path, "rb"))
 
     def lines(self) -> Iterator[str]:
         """Yield every line that is not blank: no line end, no colours, no NUL bytes."""
@@ -150,6 +175,12 @@ class Source:
         while (more := _patiently(lambda: text.readline(MAX_LINE), "")) and not more.endswith("\n"):
             pass
         return "\n"
+
+
+def _opener(path: Path) -> Callable[..., Any]:
+    with path.open("rb") as file:
+        start = file.read(8)
+    return next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), io.open)
 
 
 def clean(line: str) -> str:

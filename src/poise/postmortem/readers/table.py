@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from poise.core.errors import UserError
 from poise.postmortem.readers.names import LOSS, STEP, rank
-from poise.postmortem.readers.source import Rewound, Row, Source, is_absent, number
+from poise.postmortem.readers.source import Item, Row, Source, is_absent, number
 
 FORMAT = "table"
 LOOKS_FOR = "CSV, TSV or columns parted by blanks, with a header like step,loss"
@@ -46,7 +46,7 @@ def sniff(source: Source) -> float:
     return 0.0 if layout is None else layout.score
 
 
-def read(source: Source) -> Iterator[Row | Rewound]:
+def read(source: Source) -> Iterator[Item]:
     """Yield one row a line of the table."""
     layout = find_layout(source.head_lines)
     if layout is None:
