@@ -1,0 +1,188 @@
+"""Spikes and odd batches with hindsight: where the loss stands clearly above its trend and comes back.
+
+A rise is seeded by a point at which r = x - level (``trend.py``) is above its bar,
+
+    r > max(6 sigma, ln 1.04)    or    r > max(10 sigma, ln 1.015)    or    median of 5 r > max(4 sigma, ln 1.02)
+
+(in a run of heavy-tailed noise the numbers of deviations are larger, ``Trend.heaviness``), that also stands above the
+points before it (just before a fall the loss stands above the median of both sides, too), and grown to both sides while neighbours stay raised. Rises at most ``JOIN`` steps apart are one spike with aftershocks.
+
+An odd batch is told from a spike by its length: a model that was hurt needs tens of steps to recover, so what lasts
+one step (two at most, where every step is logged) and leaves nothing behind was in the data. A log of every fifth step
+shows a short spike as one point, too; there a point alone counts as a spike.
+
+After a spike the level is compared with the trend from before, carried on (``offset``): the curve may be back on it,
+stay somewhat above, or never come down. What is compared begins ``SETTLE`` steps after it, because a large model's
+loss takes that long to creep back once the spike itself is over.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from poise.postmortem.event import Recovery
+from poise.postmortem.trend import MAD_TO_SIGMA, SIGMA_FLOOR, Bools, Trend, grown, running_median
+
+BARS: Final = ((6.0, math.log(1.04)), (10.0, math.log(1.015)))
+"""(deviations, rise): a point above both numbers of one pair seeds a rise."""
+
+SUSTAINED: Final = (4.0, math.log(1.02))
+ODD_BAR: Final = (5.5, math.log(1.04))
+"""The same for an odd batch, which is a note only."""
+
+BACK: Final = 3.0
+"""Deviations within which a point is back on the trend."""
+
+JOIN: Final = 75
+"""Steps between two rises of one spike."""
+
+SHORTEST: Final = 6
+"""Steps within which a point alone, between two that are not raised, shows an odd batch."""
+
+YOUNG: Final = 20
+"""Logged points before which the trend is not known well enough."""
+
+AFTER: Final = 200
+"""Steps that are looked at before and after a spike to tell whether it left something."""
+
+SETTLE: Final = (200, 100, 0)
+"""Steps that a loss is given to settle before it is compared; fewer where the log ends."""
+
+LASTING: Final = 0.003
+STEEP: Final = 2.0
+"""Times the square of the loss's own fall over the stretch: where the curve is steep, its bend may pass for a step."""
+
+RETURNED, PARTLY = 0.1, 0.5
+"""Shares of the rise: what stays above the trend is nothing below the first, and all of it above the second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """A stretch above the trend, as indices into its points: ``first`` to ``last``, both inside."""
+
+    first: int
+    last: int
+    peak: int
+    odd: bool
+
+
+def rises(trend: Trend, blocked: Bools) -> list[Rise]:
+    """Return spikes and odd batches in order; nothing where ``blocked``.
+
+    Args:
+        trend: of the loss.
+        blocked: points that something else explains, (N,).
+    """
+    r, sigma = trend.residual, trend.sigma
+    heavy = trend.heaviness
+    sure = _sustained(trend)
+    for deviations, rise in BARS:
+        sure |= r > np.maximum(heavy * deviations * sigma, rise)
+    seeds = sure | (r > np.maximum(heavy * ODD_BAR[0] * sigma, ODD_BAR[1]))
+    seeds &= ~blocked
+    seeds[: min(YOUNG, len(r) // 2)] = False
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], grown(seeds, r > BACK * sigma).astype(np.int8), [0]])))
+    found: list[Rise] = []
+    for first, end in edges.reshape(-1, 2):
+        rise = _rise(trend, int(first), int(end) - 1)
+        if (not rise.odd and not sure[first:end].any()) or not _above_before(trend, rise):
+            continue
+        before = found[-1] if found else None
+        if before is not None and not before.odd and not rise.odd and _apart(trend, before, rise) <= JOIN:
+            found[-1] = _rise(trend, before.first, rise.last)
+        else:
+            found.append(rise)
+    return found
+
+
+def recovery(trend: Trend, first: int, last: int, height: float) -> tuple[Recovery, float]:
+    """Return whether the loss came back, and how far it lies above the old trend afterwards, relative.
+
+    Args:
+        trend: of the loss.
+        first, last: indices of the event's first and last points.
+        height: of its peak above the trend, on the logarithmic scale.
+    """
+    for settle in SETTLE:
+        step, error, change = offset(trend, first, last + 1 + trend.points(settle))
+        if not math.isnan(step):
+            break
+    else:
+        return "open", math.nan
+    unseen = max(3.0 * error, STEEP * change**2, RETURNED * height, LASTING)
+    if step <= unseen:
+        return "returned", math.expm1(step)
+    return ("partly" if step < PARTLY * height else "never"), math.expm1(step)
+
+
+def offset(trend: Trend, first: int, after: int) -> tuple[float, float, float]:
+    """Return by how much x steps up between two points, its error, and how far x falls over the stretch anyway.
+
+    x = a + b u + d u^2 + c [t is after], u = ln t, is fitted to ``AFTER`` steps on both sides; a loss falls nearly
+    evenly along ln t, so that what is left is the step c. Points far off are left out and the fit is done again. NaN
+    where too little is known.
+    """
+    n, reach = len(trend.x), trend.points(AFTER)
+    before_at, after_at = np.arange(max(0, first - reach), first), np.arange(after, min(n, after + reach))
+    if min(len(before_at), len(after_at)) < 4:
+        return math.nan, math.nan, math.nan
+    at = np.concatenate([before_at, after_at])
+    t = np.log(np.maximum(trend.steps[at] - min(int(trend.steps[0]), 0), 1).astype(np.float64))
+    u = t - t.mean()
+    design = np.stack([np.ones(len(at)), u, (at >= after).astype(np.float64), u * u], axis=1)
+    x, good = trend.x[at], np.ones(len(at), dtype=bool)
+    fitted = np.zeros(4)
+    for _ in range(3):
+        fitted = np.linalg.lstsq(design[good], x[good], rcond=None)[0]
+        away = np.abs(x - design @ fitted)
+        good = away <= 3.0 * MAD_TO_SIGMA * np.median(away) + SIGMA_FLOOR
+        if good[: len(before_at)].sum() < 3 or good[len(before_at) :].sum() < 3:
+            return math.nan, math.nan, math.nan
+    left = x[good] - design[good] @ fitted
+    lag = float(np.corrcoef(left[1:], left[:-1])[0, 1]) if len(left) > 5 and left.std() > 0 else 0.0
+    widened = math.sqrt((1 + max(lag, 0.0)) / (1 - min(max(lag, 0.0), 0.9)))  # neighbours that are alike say less
+    covariance = np.linalg.pinv(design[good].T @ design[good])
+    error = float(left.std() * widened * math.sqrt(max(covariance[2, 2], 0.0)))
+    smooth = fitted[1] * u + fitted[3] * u * u
+    return float(fitted[2]), error, float(smooth.max() - smooth.min())
+
+
+def _rise(trend: Trend, first: int, last: int) -> Rise:
+    peak = first + int(np.argmax(trend.residual[first : last + 1]))
+    return Rise(first, last, peak, _is_odd(trend, first, last))
+
+
+def _is_odd(trend: Trend, first: int, last: int) -> bool:
+    """Whether the rise is over at the next step: an odd batch, not a hurt model."""
+    steps = trend.steps
+    left = int(steps[first - 1]) if first > 0 else int(steps[first])
+    right = int(steps[last + 1]) if last + 1 < len(steps) else None
+    longest = 2 if trend.interval < 2 else 1
+    tall = trend.residual[first : last + 1] > 0.5 * trend.residual[first : last + 1].max()
+    consecutive = max((len(run) for run in "".join("x" if t else " " for t in tall).split()), default=0)
+    if right is None:
+        return False
+    return consecutive <= longest and last - first <= 4 and right - left - (last - first) <= SHORTEST
+
+
+def _sustained(trend: Trend) -> Bools:
+    """Return where five points together are raised: a small rise that lasts is as sure a sign as a tall one."""
+    if len(trend.x) < 2 * YOUNG:
+        return np.zeros(len(trend.x), dtype=bool)
+    middle = running_median(trend.residual, 2)
+    out: Bools = middle > np.maximum(trend.heaviness * SUSTAINED[0] * trend.sigma, SUSTAINED[1])
+    return out
+
+
+def _above_before(trend: Trend, rise: Rise) -> bool:
+    """Whether the peak stands above the points before the rise, and not only above what comes after it."""
+    before = trend.x[max(0, rise.first - 20) : rise.first]
+    return len(before) == 0 or trend.x[rise.peak] - np.median(before) > 0.5 * trend.residual[rise.peak]
+
+
+def _apart(trend: Trend, a: Rise, b: Rise) -> int:
+    return int(trend.steps[b.first] - trend.steps[a.last])
