@@ -145,7 +145,9 @@ def main() -> None:
     print(f"fast spikes found            {wilson(sum(total.spikes), len(total.spikes))}")
     print(f"other events found           {wilson(sum(total.others), len(total.others))}")
     print(f"missed                       {total.missed or 'nothing'}")
-    print(f"false events, in clusters    {false} = {1e4 * false / total.healthy:.2f} in 10k healthy steps {total.false}")
+    print(
+        f"false events, in clusters    {false} = {1e4 * false / total.healthy:.2f} in 10k healthy steps {total.false}"
+    )
     within = sum(abs(d) <= 10 for d in total.ends)
     print(
         f"end of spikes                {within}/{len(total.ends)} within 10 steps of the label, "

@@ -7,8 +7,8 @@ a stretch with
 
 that lasts ``LONG`` steps, or reaches the log's end and has climbed all the while. It is
 
-    chaotic          erratic: neighbouring values differ ``ERRATIC`` times as much as in the calm before, by 4 % and more;
-                     or above the first losses (a model that knows nothing) by a factor
+    chaotic          erratic: neighbouring values differ ``ERRATIC`` times as much as in the calm before, by 4 % and
+                     more; or above the first losses (a model that knows nothing) by a factor
     early_transient  the same for a few steps at the very start, settling by itself
     level_shift      up within a few steps, and staying
     fast_spike       up within a few steps, and back after long
@@ -21,6 +21,7 @@ twice as deep as any fall over as many steps before.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Final
 
@@ -28,7 +29,7 @@ import numpy as np
 
 from poise.core.types import Severity
 from poise.postmortem.event import Event, Kind, Recovery
-from poise.postmortem.spikes import AFTER, offset
+from poise.postmortem.spikes import AFTER, offset, recovery
 from poise.postmortem.trend import MAD_TO_SIGMA, Bools, Floats, Trend, running_median
 
 SHORT: Final = 10
@@ -107,7 +108,7 @@ def shifts(trend: Trend, blocked: Bools) -> list[Event]:
 def collapses(trend: Trend, blocked: Bools) -> list[Event]:
     """Return falls that are too fast to be learning."""
     gap = trend.points(FALL)
-    short = running_median(trend.x, max(2, trend.points(4)))
+    short = running_median(np.where(blocked, trend.level, trend.x), max(2, trend.points(4)))  # spikes fall fast, too
     if len(short) < 3 * gap:
         return []
     fall = np.zeros(len(short))
@@ -209,7 +210,9 @@ def _departure(trend: Trend, short: Floats, first: int, last: int) -> Event | No
             return _event(trend, "fast_spike", "critical", start, peak, last, level, "open")
         if at_end:
             return _event(trend, "level_shift", "critical", start, peak, last, level, "never")
-        return _event(trend, "fast_spike", "critical", start, peak, last, level, "returned")
+        back, lasting = recovery(trend, start, last, height)
+        kind: Kind = "level_shift" if back == "never" else "fast_spike"
+        return dataclasses.replace(_event(trend, kind, "critical", start, peak, last, level, back), lasting=lasting)
     return _event(trend, "slow_divergence", "critical", lowest, peak, last, level, back)
 
 

@@ -81,6 +81,10 @@ def _of_loss(steps: Ints, values: Floats) -> list[Event]:
         _block(trend, blocked, event)
     for rise in spikes.rises(trend, blocked):
         event = _spike(trend, rise)
+        longer = next((i for i, other in enumerate(found) if _overlap(event, other)), None)
+        if longer is not None:  # the ragged edge of something longer
+            found[longer] = dataclasses.replace(found[longer], end=max(found[longer].end, event.end))
+            continue
         found.append(event)
         if event.kind != "data_outlier":
             _block(trend, blocked, event)
@@ -88,6 +92,12 @@ def _of_loss(steps: Ints, values: Floats) -> list[Event]:
         found.append(event)
         _block(trend, blocked, event)
     return found
+
+
+def _overlap(event: Event, other: Event) -> bool:
+    return (
+        other.severity != "note" and other.kind != "nonfinite" and event.start <= other.end and event.end >= other.start
+    )
 
 
 def _block(trend: Trend, blocked: Bools, event: Event) -> None:

@@ -5,7 +5,8 @@ A rise is seeded by a point at which r = x - level (``trend.py``) is above its b
     r > max(6 sigma, ln 1.04)    or    r > max(10 sigma, ln 1.015)    or    median of 5 r > max(4 sigma, ln 1.02)
 
 (in a run of heavy-tailed noise the numbers of deviations are larger, ``Trend.heaviness``), that also stands above the
-points before it (just before a fall the loss stands above the median of both sides, too), and grown to both sides while neighbours stay raised. Rises at most ``JOIN`` steps apart are one spike with aftershocks.
+points before it (just before a fall the loss stands above the median of both sides, too), and grown to both sides
+while neighbours stay raised. Rises at most ``JOIN`` steps apart are one spike with aftershocks.
 
 An odd batch is told from a spike by its length: a model that was hurt needs tens of steps to recover, so what lasts
 one step (two at most, where every step is logged) and leaves nothing behind was in the data. A log of every fifth step
@@ -162,8 +163,8 @@ def _is_odd(trend: Trend, first: int, last: int) -> bool:
     left = int(steps[first - 1]) if first > 0 else int(steps[first])
     right = int(steps[last + 1]) if last + 1 < len(steps) else None
     longest = 2 if trend.interval < 2 else 1
-    tall = trend.residual[first : last + 1] > 0.5 * trend.residual[first : last + 1].max()
-    consecutive = max((len(run) for run in "".join("x" if t else " " for t in tall).split()), default=0)
+    raised = trend.residual[first : last + 1] > BACK * trend.sigma[first : last + 1]
+    consecutive = max((len(run) for run in "".join("x" if up else " " for up in raised).split()), default=0)
     if right is None:
         return False
     return consecutive <= longest and last - first <= 4 and right - left - (last - first) <= SHORTEST
@@ -180,7 +181,7 @@ def _sustained(trend: Trend) -> Bools:
 
 def _above_before(trend: Trend, rise: Rise) -> bool:
     """Whether the peak stands above the points before the rise, and not only above what comes after it."""
-    before = trend.x[max(0, rise.first - 20) : rise.first]
+    before = trend.x[max(0, rise.first - min(20, max(3, trend.points(50)))) : rise.first]
     return len(before) == 0 or trend.x[rise.peak] - np.median(before) > 0.5 * trend.residual[rise.peak]
 
 

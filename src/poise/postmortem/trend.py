@@ -1,7 +1,7 @@
 """The trend of a loss curve with hindsight: where the loss would have been, and how noisy it is about that.
 
-Everything is on x = ln loss, so that nats and bits, and losses of 8 and of 2, are judged alike. Windows are in steps, not
-in logged points: a spike lasts as long in a log of every tenth step.
+Everything is on x = ln loss, so that nats and bits, and losses of 8 and of 2, are judged alike. Windows are in steps,
+not in logged points: a spike lasts as long in a log of every tenth step.
 
     level   running median of x over ``HALF`` steps on both sides. Towards the beginning the window shrinks, both sides
             alike, so that the steep descent has no bias; at the end the last window's median goes on with its slope
