@@ -30,7 +30,7 @@ import numpy as np
 from poise.core.types import Severity
 from poise.postmortem.event import Event, Kind, Recovery
 from poise.postmortem.spikes import AFTER, offset, recovery
-from poise.postmortem.trend import MAD_TO_SIGMA, Bools, Floats, Trend, running_median
+from poise.postmortem.trend import MAD_TO_SIGMA, Bools, Floats, Trend, bridged, running_median
 
 SHORT: Final = 10
 LONG: Final = 150
@@ -108,7 +108,7 @@ def shifts(trend: Trend, blocked: Bools) -> list[Event]:
 def collapses(trend: Trend, blocked: Bools) -> list[Event]:
     """Return falls that are too fast to be learning."""
     gap = trend.points(FALL)
-    short = running_median(np.where(blocked, trend.level, trend.x), max(2, trend.points(4)))  # spikes fall fast, too
+    short = running_median(bridged(trend.x, blocked), max(2, trend.points(4)))  # spikes fall fast, too
     if len(short) < 3 * gap:
         return []
     fall = np.zeros(len(short))

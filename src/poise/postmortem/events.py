@@ -84,6 +84,7 @@ def _of_loss(steps: Ints, values: Floats) -> list[Event]:
         longer = next((i for i, other in enumerate(found) if _overlap(event, other)), None)
         if longer is not None:  # the ragged edge of something longer
             found[longer] = dataclasses.replace(found[longer], end=max(found[longer].end, event.end))
+            _block(trend, blocked, found[longer])
             continue
         found.append(event)
         if event.kind != "data_outlier":

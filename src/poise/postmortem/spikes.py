@@ -81,8 +81,8 @@ def rises(trend: Trend, blocked: Bools) -> list[Rise]:
     r, sigma = trend.residual, trend.sigma
     heavy = trend.heaviness
     sure = _sustained(trend)
-    for deviations, rise in BARS:
-        sure |= r > np.maximum(heavy * deviations * sigma, rise)
+    for deviations, least in BARS:
+        sure |= r > np.maximum(heavy * deviations * sigma, least)
     seeds = sure | (r > np.maximum(heavy * ODD_BAR[0] * sigma, ODD_BAR[1]))
     seeds &= ~blocked
     seeds[: min(YOUNG, len(r) // 2)] = False

@@ -110,7 +110,7 @@ def fit(steps: Ints, values: Floats) -> Trend:
         raised |= found
         if raised.mean() > 0.4:  # then it is not a trend with spikes on it
             break
-        kept = bridged(kept, raised, x)
+        kept = bridged(x, raised)
     return Trend(steps, x, level, sigma, interval, half)
 
 
@@ -127,10 +127,11 @@ def running_median(x: Floats, half: int) -> Floats:
     left = [float(np.median(x[: 2 * i + 1])) for i in short]
     right = [float(np.median(x[n - 1 - 2 * i :])) for i in short]
     where = np.concatenate([short, at, (n - 1 - short)[::-1]])
-    return np.interp(np.arange(n), where, np.concatenate([left, middle, right[::-1]]))
+    out: Floats = np.interp(np.arange(n), where, np.concatenate([left, middle, right[::-1]]))
+    return out
 
 
-def bridged(kept: Floats, raised: Bools, x: Floats) -> Floats:
+def bridged(x: Floats, raised: Bools) -> Floats:
     """Return ``x`` with its raised points on the line between the medians of what is left and right of them."""
     out = x.copy()
     edges = np.flatnonzero(np.diff(np.concatenate([[0], raised.astype(np.int8), [0]])))
@@ -205,4 +206,5 @@ def _sigma(residual: Floats, raised: Bools, half: int, x: Floats) -> Floats:
     changes = np.abs(np.diff(x, prepend=x[0]))
     near = running_median(changes, wide) / np.sqrt(2)
     near[:inner], near[n - inner :] = near[inner], near[n - inner - 1]
-    return MAD_TO_SIGMA * np.maximum(sigma, 0.5 * near) + SIGMA_FLOOR
+    out: Floats = MAD_TO_SIGMA * np.maximum(sigma, 0.5 * near) + SIGMA_FLOOR
+    return out
