@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("poise.cli.train", "train a model from text: a stable model, a report and a resumable run"),
     "resume": ("poise.cli.resume", "go on with a run that was stopped, killed or crashed"),
     "demo": ("poise.cli.demo", "the same run with faults, bare and guarded: why this tool exists"),
+    "diagnose": ("poise.cli.diagnose", "what happened to a run, from anybody's log: events, causes, cost, what to do"),
     "replay": ("poise.cli.replay", "show recorded logs to the guard: its alarms, and what it would have done"),
     "study": ("poise.cli.study", "many small runs that answer a question: which method widens the usable rates?"),
     "data": ("poise.cli.data", "prepare text for training, or look at what was prepared"),

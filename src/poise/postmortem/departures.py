@@ -52,6 +52,9 @@ ROUGH: Final = 0.04
 QUICK: Final = 50
 """Steps within which a rise is a step, not a climb."""
 
+CLIMB: Final = 20
+"""Steps of a climb at the log's end from which on it is no spike in the making: those rise within a dozen."""
+
 SMALLEST_SHIFT: Final = math.log(1.01)
 SHIFT_NOISES: Final = 8.0
 FALL: Final = 72
@@ -62,10 +65,11 @@ KNOWN: Final = 450
 
 def departures(trend: Trend) -> list[Event]:
     """Return stretches in which the loss stands far above its best, in order."""
-    short = running_median(trend.x, max(2, trend.points(SHORT)))
     found = _start(trend)
     ended = found[-1].end if found else int(trend.steps[0]) - 1
     lead = int(np.searchsorted(trend.steps, ended, side="right"))
+    short = trend.x.copy()
+    short[lead:] = running_median(trend.x[lead:], max(2, trend.points(SHORT)))
     best = np.full(len(short), math.inf)
     best[lead:] = np.minimum.accumulate(short[lead:])
     width = 2 * max(2, trend.points(SHORT)) + 1
@@ -205,7 +209,8 @@ def _departure(trend: Trend, short: Floats, first: int, last: int) -> Event | No
     back: Recovery = "never" if at_end else "returned"
     if erratic and length >= LONG:
         return _event(trend, "chaotic", "critical", lowest, peak, last, level, back)
-    if climb <= QUICK and last - first > 4:
+    still_climbs = at_end and length > CLIMB and height < 0.8 * (float(short[last]) - level)
+    if climb <= QUICK and last - first > 4 and not still_climbs:
         if at_end and length < LONG:
             return _event(trend, "fast_spike", "critical", start, peak, last, level, "open")
         if at_end:

@@ -12,7 +12,8 @@
     logit_growth     attention logits that grow without bound, where the log has them
 
 The order is that of precedence: what lies inside an earlier kind is not told again. Cause, cost and advice are other
-files' work. All lengths are in steps, whatever the logging interval.
+files' work. All lengths are in steps, whatever the logging interval. A log without a training loss is judged by its
+validation loss.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from poise.postmortem import spikes
 from poise.postmortem.departures import collapses, departures, shifts
 from poise.postmortem.event import Event
 from poise.postmortem.log import Log
-from poise.postmortem.readers.names import GRAD_NORM, LOSS
+from poise.postmortem.readers.names import GRAD_NORM, LOSS, VAL_LOSS
 from poise.postmortem.trend import Bools, Floats, Ints, Trend, fit
 
 FEWEST: Final = 8
@@ -46,9 +47,9 @@ MAX_LOGIT: Final = 100.0
 def find(log: Log) -> list[Event]:
     """Return the events of a log in the order of their starts."""
     found: list[Event] = []
-    if LOSS in log.series:
-        steps, values = log.series[LOSS]
-        found += _of_loss(steps, values)
+    judged = next((name for name in (LOSS, VAL_LOSS) if name in log.series), None)
+    if judged is not None:
+        found += [dataclasses.replace(event, signal=judged) for event in _of_loss(*log.series[judged])]
     if GRAD_NORM in log.series:
         found += _of_gradient(*log.series[GRAD_NORM], found)
     for name, (steps, values) in log.series.items():

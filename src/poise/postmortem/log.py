@@ -31,8 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.core.errors import UserError, nearest
+from poise.postmortem import units
 from poise.postmortem.readers import READERS
-from poise.postmortem.readers.names import GRAD_NORM, LOSS, LR, STEP, TOKENS, VAL_LOSS, choose, words
+from poise.postmortem.readers.names import FURTHER, GRAD_NORM, LOSS, LR, ROW, STEP, TOKENS, VAL_LOSS, choose, words
 from poise.postmortem.readers.source import Block, Item, Notes, Restarted, Rewound, Source
 
 Ints = NDArray[np.int64]
@@ -101,6 +102,8 @@ def read_log(path: str | Path, *, step_column: str | None = None, loss_column: s
         source.notes.texts(),
         restarts=columns.restarts,
         settings=dict(source.settings),
+        loss_unit=units.loss_unit(columns.names, series, source.settings),
+        step_unit=units.step_unit(columns.step_column),
     )
 
 
@@ -152,15 +155,16 @@ class _Columns:
         self._steps = array("q")  # one a row
         self._values: dict[str, tuple[array[int], array[float]]] = {}  # rows and values of each column
         self._marks: list[tuple[float, int]] = []  # between which rows, and to which step, the log says it went back
-        self._step_column = ""
+        self.step_column = ""
         self._restarted: list[int] = []  # rows before which the program began again
         self.restarts: tuple[int, ...] = ()
+        self.names: dict[str, str] = {}  # the log's own name -> the one in the result
 
     def fill(self, rows: Iterator[Item], step_column: str | None) -> None:
         """Take in all rows."""
         first = list(islice(rows, PROBE_ROWS))
-        self._step_column = self._choose_step(first, step_column)
-        name = self._step_column
+        self.step_column = self._choose_step(first, step_column)
+        name = self.step_column
         for row in chain(first, rows):
             if isinstance(row, Rewound):
                 self._marks.append((len(self._steps) - 0.5, row.to))
@@ -199,7 +203,7 @@ class _Columns:
 
     def series(self, loss_column: str | None) -> Series:
         """Return what counts, by the names of ``Log.series``."""
-        names = self._name_columns(loss_column)
+        names = self.names = self._name_columns(loss_column)
         steps = np.frombuffer(self._steps, dtype=np.int64) if self._steps else np.empty(0, dtype=np.int64)
         loss_rows = self._rows(next((raw for raw, name in names.items() if name == LOSS), ""))
         stray = _stray(steps[loss_rows])
@@ -252,6 +256,10 @@ class _Columns:
             return self._wanted(wanted, counts, "--step-column")
         chosen, others = choose(STEP, counts)
         if chosen is None:
+            chosen = units.ordering(_beginnings(rows))
+            if chosen is not None:
+                self._notes.add(f"no column of steps: '{chosen}' orders the rows; --step-column names one")
+                return chosen
             if rows:
                 self._notes.add("no column of steps: the rows are counted from 1; --step-column names one")
             return ""
@@ -262,7 +270,7 @@ class _Columns:
         """Return what each column is called in the result."""
         counts = {raw: len(values) for raw, (_, values) in self._values.items()}
         names: dict[str, str] = {}
-        for meaning in (LOSS, GRAD_NORM, LR, TOKENS, VAL_LOSS):
+        for meaning in (LOSS, GRAD_NORM, LR, TOKENS, VAL_LOSS, *FURTHER):
             option = "--loss-column" if meaning == LOSS else ""
             free = {raw: count for raw, count in counts.items() if raw not in names}
             if meaning == LOSS and loss_column is not None:
@@ -291,7 +299,7 @@ class _Columns:
         return alike[0]
 
     def _say_guess(self, meaning: str, chosen: str, others: Iterable[str], option: str) -> None:
-        if chosen != meaning:
+        if chosen not in (meaning, ROW):
             self._notes.add(f"column '{chosen}' is taken as {meaning}")
         rest = [f"'{raw}'" for raw in others if raw != "value"][:3]
         if rest and option:
@@ -321,6 +329,19 @@ class _Columns:
             self._notes.add(f"seam: the steps go back from {to[i]} to {to[i + 1]}; the later branch counts")
         if len(seams) > MAX_SEAMS:
             self._notes.add(f"and {len(seams) - MAX_SEAMS} more seams")
+
+
+def _beginnings(rows: list[Item]) -> dict[str, list[float]]:
+    """Return the first values of each column."""
+    out: dict[str, list[float]] = {}
+    for row in rows:
+        if isinstance(row, Block):
+            for name, values in row.columns.items():
+                out.setdefault(name, []).extend(values[:PROBE_ROWS].tolist())
+        elif isinstance(row, dict):
+            for name, value in row.items():
+                out.setdefault(name, []).append(value)
+    return out
 
 
 def _stray(steps: Ints) -> NDArray[np.bool_]:

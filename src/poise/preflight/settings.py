@@ -1,7 +1,8 @@
 """What a configuration says, in one vocabulary: readers fill it in, rules judge it. ``None`` means that it is not said.
 
 A field is only filled in with what the file says or what the framework that it belongs to does by default (then
-``said`` has the words "default of ..."). A rule that needs a field that is ``None`` does not judge.
+``said`` begins with "default of ..."; with "guessed from ..." where a neighbouring setting suggests it). A rule that
+needs a field that is ``None`` does not judge.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Settings:
         loss_scale: ``dynamic``, ``none``, or a number as text; only read for fp16.
         softmax_fp32: attention's softmax is computed in fp32.
         dataset_tokens: unique tokens in the training data.
+        epochs: how often the training data are gone through, where the source counts a run in that.
         tokenizer_vocab: ids that the tokenizer can give.
         dropout: of hidden states.
         skip_steps: the loop leaves out steps whose loss or gradient norm is far off.
@@ -123,6 +125,7 @@ class Settings:
     loss_scale: str | None = None
     softmax_fp32: bool | None = None
     dataset_tokens: float | None = None
+    epochs: float | None = None
     tokenizer_vocab: int | None = None
     dropout: float | None = None
     skip_steps: bool | None = None

@@ -1,0 +1,133 @@
+"""The learning rate in a log: where it rises (warm-up, and warming up again), and where it jumps.
+
+A rise is a stretch of rising values, with flat pieces of a few points in it (rounded prints are flat). A jump is one
+logged point that departs from the straight line through the two before by ``JUMP`` of the rate; so the steps of a
+linear warm-up or decay are none, and the tail of a cosine, where all is near 0, is none either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from poise.postmortem.log import Floats, Ints, Log
+
+JUMP: Final = 0.1
+FLOOR: Final = 0.02
+"""A change of less than this share of the largest rate is no jump."""
+
+GROWTH: Final = 1.2
+"""A rise ends at least this much above its beginning."""
+
+FLAT_POINTS: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """A stretch in which the learning rate rises.
+
+    Attributes:
+        start, end: first step of it, and the step at which its highest rate is reached.
+        low, high: the rates there.
+        first: whether it begins with the log: the run's own warm-up.
+    """
+
+    start: int
+    end: int
+    low: float
+    high: float
+    first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """A learning rate that changed at once.
+
+    Attributes:
+        step: the first with the new rate.
+        before, after: the rates.
+    """
+
+    step: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What the learning rate did.
+
+    Attributes:
+        steps, values: the finite values, (N,).
+        rises: see ``Rise``, in order.
+        jumps: see ``Jump``, in order.
+    """
+
+    steps: Ints
+    values: Floats
+    rises: tuple[Rise, ...]
+    jumps: tuple[Jump, ...]
+
+    @property
+    def peak(self) -> float:
+        """The largest rate of the log."""
+        return float(self.values.max())
+
+    def at(self, step: float) -> float:
+        """Return the rate that counts at a step: the last that was logged at or before it."""
+        place = int(np.searchsorted(self.steps, step, side="right")) - 1
+        return float(self.values[max(place, 0)])
+
+    def warmup(self) -> Rise | None:
+        """Return the run's own warm-up, if the log has it."""
+        return self.rises[0] if self.rises and self.rises[0].first else None
+
+
+def read_rates(log: Log) -> Rates | None:
+    """Return what the log's learning rate did; ``None`` where it has none."""
+    if "lr" not in log.series:
+        return None
+    steps, values = log.series["lr"]
+    good = np.isfinite(values) & (values >= 0)
+    steps, values = steps[good], values[good]
+    if len(steps) < 2 or values.max() <= 0:
+        return None
+    rises = _rises(steps, values)
+    return Rates(steps, values, rises, _jumps(steps, values, rises))
+
+
+def _rises(steps: Ints, values: Floats) -> tuple[Rise, ...]:
+    change = np.diff(values)
+    tiny = 1e-9 * values.max()
+    ups, downs = np.flatnonzero(change > tiny), np.flatnonzero(change < -tiny)
+    if not len(ups):
+        return ()
+    allowed = max(FLAT_POINTS, len(values) // 50)
+    falls = np.searchsorted(downs, ups)
+    apart = (np.diff(ups) > allowed) | (np.diff(falls) > 0)
+    found = []
+    for group in np.split(ups, np.flatnonzero(apart) + 1):
+        first, last = int(group[0]), int(group[-1]) + 1
+        low, high = float(values[first]), float(values[last])
+        if len(group) >= 2 and high >= GROWTH * low:
+            found.append(Rise(int(steps[first]), int(steps[last]), low, high, first <= 1))
+    return tuple(found)
+
+
+def _jumps(steps: Ints, values: Floats, rises: tuple[Rise, ...]) -> tuple[Jump, ...]:
+    if len(values) < 3:
+        return ()
+    gap = np.diff(steps).astype(np.float64)
+    change = np.diff(values)
+    line = np.maximum(values[1:-1] + change[:-1] / gap[:-1] * gap[1:], 0.0)
+    larger = np.maximum(values[2:], values[1:-1])
+    far = (np.abs(change[1:]) >= JUMP * larger) & (np.abs(values[2:] - line) >= JUMP * larger)
+    far &= np.abs(change[1:]) >= FLOOR * values.max()
+    if rises and rises[0].first:  # a curved warm-up departs from a line
+        far &= steps[2:] > rises[0].end
+    for rise in rises:
+        far &= ~((steps[2:] > rise.start) & (steps[2:] <= rise.end))
+    # back on the line of before: the point between was the jump, and is in the list by itself
+    return tuple(Jump(int(steps[i + 2]), float(values[i + 1]), float(values[i + 2])) for i in np.flatnonzero(far))

@@ -1,0 +1,78 @@
+"""Distances in a log, in its own steps: how far apart points are, how long a step is, how many there are."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+
+from poise.postmortem.event import Event
+from poise.postmortem.log import Floats, Ints, Log
+
+SPIKE_KINDS: Final = frozenset({"fast_spike", "slow_divergence", "level_shift", "chaotic", "nonfinite"})
+"""Kinds in which the loss left its trend upwards, or was lost, through the state of the run."""
+
+BENIGN_KINDS: Final = frozenset({"data_outlier", "early_transient", "grad_spike"})
+"""Kinds that need no reaction."""
+
+
+def curve(log: Log) -> tuple[Ints, Floats]:
+    """Return the series that the log is about: its loss, else what there is instead."""
+    for name in ("loss", "val_loss", "grad_norm"):
+        if name in log.series:
+            return log.series[name]
+    return max(log.series.values(), key=lambda s: len(s[0]), default=(np.empty(0, np.int64), np.empty(0)))
+
+
+def interval(log: Log) -> int:
+    """Return the usual distance of two logged points, at least 1."""
+    steps, _ = curve(log)
+    return max(1, round(float(np.median(np.diff(steps))))) if len(steps) > 1 else 1
+
+
+def length(log: Log) -> int:
+    """Return how many steps the log covers."""
+    steps, _ = curve(log)
+    return int(steps[-1] - steps[0]) + interval(log) if len(steps) else 0
+
+
+def step_size(log: Log) -> float:
+    """Return what one optimizer step is in the log's own count: 1 where it counts steps.
+
+    A log that counts samples or tokens is scaled by what it says of its batch; where it says nothing, a logged point
+    is taken for a step.
+    """
+    if log.step_unit not in ("samples", "tokens"):
+        return 1.0
+    names = ("global_batch_size", "batch_size") if log.step_unit == "samples" else ("tokens_per_step",)
+    for name in names:
+        try:
+            size = float(log.settings.get(name, "nan"))
+        except ValueError:
+            continue
+        if math.isfinite(size) and size >= 1.0:
+            return size
+    return float(interval(log))
+
+
+def between(series: tuple[Ints, Floats], first: float, last: float) -> tuple[Ints, Floats]:
+    """Return the points with first <= step <= last."""
+    steps, values = series
+    low, high = np.searchsorted(steps, first, side="left"), np.searchsorted(steps, last, side="right")
+    return steps[low:high], values[low:high]
+
+
+def lost_until(log: Log, event: Event) -> int:
+    """Return the last step off the trend: the log's last where the loss never came back."""
+    steps, _ = curve(log)
+    return int(steps[-1]) if event.recovery == "never" and len(steps) else event.end
+
+
+def number(value: float) -> str:
+    """Return a value for a sentence.
+
+    >>> number(0.000123456), number(4.0), number(float("nan"))
+    ('0.000123', '4', 'NaN')
+    """
+    return "NaN" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1e4 else f"{value:.4g}"
