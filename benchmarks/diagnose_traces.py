@@ -6,7 +6,7 @@ PATH_TO_TRACES is a folder with ``NAME.csv`` and ``NAME.labels.json`` as for ``s
 sources holds here too. The curves are not part of this repository.
 
 How it is scored. A labelled event is found when an event of severity warning or critical (for a benign one: of any)
-overlaps it, with 2 steps before it allowed. A false event is one of severity warning or critical that lies outside all
+overlaps it, or begins within the 2 steps before it. A false event is one of severity warning or critical that lies outside all
 labels by more than 5 steps; false ones at most 50 steps apart are one cluster. Benign outliers count as recognised when
 the event there is a note. The end is the last step off the trend, compared with the label's for spikes.
 
@@ -87,7 +87,9 @@ def judge(log: Log, labels: dict[str, Any], options: argparse.Namespace, total: 
     events = [(e["kind"], e["start"] + options.offset, e["end"] + options.offset) for e in shown]
     acute = [e for e in found if e.severity != "note"]
     for kind, start, end in events:
-        hits = [e for e in found if e.end >= start - EARLY and e.start <= end]
+        hits = [e for e in found if e.end >= start and e.start <= end] or [
+            e for e in found if start - EARLY <= e.start <= end
+        ]
         loud = [e for e in hits if e.severity != "note"]
         if kind == "benign_data_outlier":
             total.outliers.append(any(e.kind == "data_outlier" for e in hits))

@@ -29,10 +29,10 @@ def main(words: Sequence[str]) -> int:
     """Diagnose every log; exit code 1 where ``--fail-on`` was met, else 0."""
     parser = Parser(
         "diagnose",
-        "Say what happened to a run: is it healthy, what happened when, did the damage stay, what was the likely cause, "
-        "what did it cost, what to do. Reads anybody's log and recognises it by content: Hugging Face trainer states and "
-        "output, TensorBoard, W&B, Megatron-LM, MLPerf, llm.c, nanoGPT, torchtitan, Lightning, OLMo-core, DeepSpeed, "
-        "nanotron, CSV, JSON lines, runs of poise; also as .gz, .bz2 or .xz. Several logs are compared.",
+        "Say what happened to a run: is it healthy, what happened when, did the damage stay, what was the likely "
+        "cause, what did it cost, what to do. Reads anybody's log and recognises it by content: Hugging Face trainer "
+        "states and output, TensorBoard, W&B, Megatron-LM, MLPerf, llm.c, nanoGPT, torchtitan, Lightning, OLMo-core, "
+        "DeepSpeed, nanotron, CSV, JSON lines, runs of poise; also as .gz, .bz2 or .xz. Several logs are compared.",
         "poise diagnose slurm-123.out\n  poise diagnose run_a/ run_b/\n"
         "  poise diagnose metrics.csv --json --fail-on warning",
     )

@@ -16,6 +16,8 @@ COMMANDS = {
     "demo": ("poise.cli.demo", "the same run with faults, bare and guarded: why this tool exists"),
     "diagnose": ("poise.cli.diagnose", "what happened to a run, from anybody's log: events, causes, cost, what to do"),
     "replay": ("poise.cli.replay", "show recorded logs to the guard: its alarms, and what it would have done"),
+    "check": ("poise.cli.check", "will this configuration be stable? what is known to break, before it runs"),
+    "blame": ("poise.cli.blame", "which documents were in that step?"),
     "study": ("poise.cli.study", "many small runs that answer a question: which method widens the usable rates?"),
     "data": ("poise.cli.data", "prepare text for training, or look at what was prepared"),
     "methods": ("poise.cli.methods", "list the stability methods, with formula, cost and citation"),

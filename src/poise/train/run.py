@@ -259,6 +259,7 @@ def _assemble(
         },
         text={
             **{key: tokens.manifest[key] for key in ("source", "splits", "replaced_bytes", "skipped")},
+            "fingerprint": tokens.fingerprint,
             "validation": validation is not None,
         },
         observers=list(observers) if world.rank == 0 else [],
