@@ -74,16 +74,17 @@ def _diagnose(arguments: argparse.Namespace) -> tuple[list[Diagnosis], list[Comp
     if len(diagnoses) == 1:
         return diagnoses, []
 
-    from poise.postmortem.compare import compare, explained
+    from poise.postmortem.diagnosis import beside
 
     pairs = list(itertools.combinations(range(len(diagnoses)), 2))
     if len(pairs) > MOST_PAIRS:
         pairs = [(0, i) for i in range(1, len(diagnoses))]
-    comparisons = [
-        compare(diagnoses[a].log, diagnoses[b].log, diagnoses[a].events, diagnoses[b].events) for a, b in pairs
-    ]
-    for (a, b), comparison in zip(pairs, comparisons, strict=True):
-        diagnoses[a], diagnoses[b] = explained(diagnoses[a], diagnoses[b], comparison)
+    comparisons = []
+    for a, b in pairs:
+        first, comparison = beside(diagnoses[a], diagnoses[b])
+        diagnoses[b], _ = beside(diagnoses[b], diagnoses[a])
+        diagnoses[a] = first
+        comparisons.append(comparison)
     return diagnoses, comparisons
 
 

@@ -162,7 +162,7 @@ def _chaotic(log: Log, event: Event, rates: Rates | None) -> Hint:
 
 def _set_up(log: Log, event: Event) -> Hint | None:
     steps, _ = curve(log)
-    if not len(steps) or event.start > steps[0]:
+    if not len(steps) or event.start > steps[0] or event.signal != "loss":
         return None
     evidence = [f"the first loss of the log (step {event.start}) is {number(event.value)} already"]
     if "grad_norm" in log.series:
@@ -298,11 +298,13 @@ def _after_rise(log: Log, event: Event, found: Sequence[Event]) -> Hint | None:
 
 
 def _bare_nan(log: Log, event: Event) -> Hint | None:
-    steps, values = curve(log)
+    steps, values = log.series.get(event.signal, curve(log))
     before = values[(steps < event.start) & np.isfinite(values)]
     if not len(before):
         return None
-    text = f"the loss was {number(float(before[-1]))} at the last step before and is {number(event.value)} at once"
+    text = (
+        f"{event.signal} was {number(float(before[-1]))} at the last step before and is {number(event.value)} at once"
+    )
     doubt = "an overflow does that; so do a broken batch and a faulty device"
     return "precision", "precision", "possible", (text, doubt)
 
@@ -340,7 +342,8 @@ def _company(log: Log, event: Event, found: Sequence[Event]) -> Iterator[str]:
     spikes = [e for e in found if e.kind == "fast_spike"]
     steps, _ = curve(log)
     if len(spikes) >= SEVERAL:
-        early = sum(e.start < steps[0] + 0.25 * length(log) for e in spikes)
+        quarter = steps[0] + 0.25 * length(log)
+        early = sum(e.start < quarter for e in spikes)
         yield f"it is one of {len(spikes)} spikes, {early} of them in the first quarter of the log"
     if event.points == 1 and interval(log) > 1:
         yield f"with every {interval(log)}th step in the log, one odd batch and a short spike look alike"

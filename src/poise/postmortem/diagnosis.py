@@ -13,6 +13,7 @@ from poise.postmortem import events as finder
 from poise.postmortem import scores, units
 from poise.postmortem.advice import advise
 from poise.postmortem.cause import name_cause
+from poise.postmortem.compare import Comparison, compare, explain_with
 from poise.postmortem.cost import Total, cost, counts_tokens, total_cost
 from poise.postmortem.event import Event
 from poise.postmortem.log import Log
@@ -103,6 +104,18 @@ def diagnose(log: Log, *, tokens_per_step: int | None = None) -> Diagnosis:
         points=len(curve(log)[0]),
         notes=tuple(log.notes),
     )
+
+
+def beside(one: Diagnosis, other: Diagnosis) -> tuple[Diagnosis, Comparison]:
+    """Return the first diagnosis with what the second run says of its events, and the comparison itself."""
+    comparison = compare(one.log, other.log, one.events, other.events)
+    events = []
+    for event in one.events:
+        told = explain_with(event, comparison)
+        if told.cause.name != event.cause.name:
+            told = dataclasses.replace(told, advice=advise(one.log, told, one.events))
+        events.append(told)
+    return dataclasses.replace(one, events=tuple(events)), comparison
 
 
 def explain(log: Log, found: Sequence[Event], tokens_per_step: int | None = None) -> tuple[Event, ...]:

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from poise.core.errors import UserError
 
-LOOKED_FOR = "journal.jsonl, run-*.wandb, trainer_state.json, trainer_log.jsonl, checkpoint-*, metrics.csv, TensorBoard event files"
+LOOKED_FOR = (
+    "journal.jsonl, run-*.wandb, trainer_state.json, trainer_log.jsonl, checkpoint-*, metrics.csv, "
+    "event files of TensorBoard"
+)
 
 CONTAINERS = ("wandb", "runs", "lightning_logs", "logs", "tensorboard", "tb")
 """Folders that trainers make for the logs of a run; looked into when what is above them holds none."""
@@ -104,7 +107,7 @@ def _wandb_folder(folder: Path) -> list[Path]:
             for file in _wandb_files(sub):
                 runs.setdefault(file.name, []).append(file)
     if latest:
-        return runs.get(latest[0].name) or latest
+        return latest
     return _only(folder, runs, "W&B runs")
 
 

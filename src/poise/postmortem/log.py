@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,6 +44,10 @@ PROBE_ROWS = 200
 
 MAX_COLUMNS = 20_000
 MAX_STEP = 2.0**53
+GENERAL = 3
+"""Readers at the end of the table that take any program's log; the others are known by name."""
+
+CERTAIN = 0.85
 MAX_SEAMS = 5
 """Rewinds that get a note of their own."""
 
@@ -135,12 +138,16 @@ def _find(path: Path) -> Path:
 
 def _reader(source: Source) -> Any:
     """Return the module that recognises the file."""
-    modules = [importlib.import_module(name) for name in READERS if importlib.util.find_spec(name)]
-    scores = [module.sniff(source) for module in modules]
+    modules, scores = [importlib.import_module(name) for name in READERS], []
+    for module in modules:
+        if len(scores) == len(modules) - GENERAL and max(scores) >= CERTAIN:
+            break  # the general ones look longest, and are never so sure
+        scores.append(module.sniff(source))
     if max(scores) <= 0.0:
-        known = "; ".join(module.LOOKS_FOR for module in modules)
+        known = ", ".join(module.FORMAT for module in modules[:-GENERAL])
+        general = "; ".join(module.LOOKS_FOR for module in modules[-GENERAL:])
         raise UserError(
-            f"'{source.path}' is no log that can be read; looked for: {known}. "
+            f"'{source.path}' is no log that can be read; looked for the formats {known}; for {general}. "
             "Write it as CSV with a header, or name its columns with --step-column and --loss-column"
         )
     return modules[scores.index(max(scores))]

@@ -107,7 +107,9 @@ BATCH_SIZE: Final = re.compile(r"^((global|total) )?batch size\b")
 
 
 def precursors(log: Log, event: Event) -> tuple[Precursor, ...]:
-    """Return what moved before an event, the earliest first."""
+    """Return what moved before an event, the earliest first; nothing for a gradient norm alone: it led to nothing."""
+    if event.kind == "grad_spike":
+        return ()
     rates = read_rates(log)
     found = [
         *_moved(log, event),

@@ -112,7 +112,7 @@ def _rises(steps: Ints, values: Floats) -> tuple[Rise, ...]:
         first, last = int(group[0]), int(group[-1]) + 1
         low, high = float(values[first]), float(values[last])
         if len(group) >= 2 and high >= GROWTH * low:
-            found.append(Rise(int(steps[first]), int(steps[last]), low, high, first <= 1))
+            found.append(Rise(int(steps[first]), int(steps[last]), low, high, first <= allowed))
     return tuple(found)
 
 

@@ -1,31 +1,97 @@
-"""A diagnosis on a terminal, in one screen: the curve with its events marked, a table of them, and what to do."""
+"""A diagnosis on a terminal, in one screen: the curve with its events marked, a table of them, why, and what to do.
+
+Text of the log itself goes through ``Pen``: no markup and no escape sequence in it takes effect, and what the
+terminal's encoding lacks is written in ASCII.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from poise.dashboard.text import count, number, plural
+from poise.dashboard.text import MISSING, number, plural
+from poise.postmortem.chart import ROWS, ascii_rows, braille_rows, columns_of, peaks_of, roof
 from poise.postmortem.compare import Comparison
 from poise.postmortem.diagnosis import Diagnosis
 from poise.postmortem.event import Event
 from poise.postmortem.steps import curve
-from poise.postmortem.trend import Floats, Ints
+from poise.postmortem.wording import (
+    RANK,
+    cause_text,
+    cost_text,
+    evidence,
+    last_loss,
+    note_texts,
+    peak_text,
+    plain,
+    recovery_text,
+    scores_text,
+    short_source,
+    span_text,
+    starts_text,
+    todos,
+    worst_first,
+)
 
-ROWS: Final = 8
-MOST_EVENTS: Final = 12
-MOST_NOTES: Final = 6
+MOST_EVENTS: Final = 8
+EXPLAINED: Final = 2
+"""Events whose evidence is shown."""
+
+EVIDENCE: Final = 3
+MOST_ADVICE: Final = 3
+MOST_NOTES: Final = 3
+NARROW: Final = 76
+"""Columns below which an event is a few lines instead of a row of the table."""
+
+WIDE: Final = 110
+"""Columns from which on the table says at which step the peak was."""
+
 STYLE: Final = {"critical": "bold red", "warning": "yellow", "note": "dim"}
 HEALTH: Final = {"healthy": "bold green", "events": "bold yellow", "damaged": "bold red", "diverged": "bold red"}
-MARKS: Final = {"critical": "▲", "warning": "▵", "note": "·"}
-_DOTS: Final = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""Braille dots of a cell, from the top row to the bottom one, left and right."""
+_MARKS: Final = {"critical": "▲", "warning": "▵", "note": "·"}
+_ASCII: Final = str.maketrans(
+    {"▲": "#", "▵": "^", "·": ".", "─": "-", "│": "|", "┤": "|", "└": "+", "–": "-", "…": ".", "×": "x", "±": "~"}
+)
+
+
+_WHOLE: Final = ("steps", "peak", "points", "last loss", "spike score")
+"""Columns whose cells are not broken over lines."""
+
+
+class Pen:
+    """Makes texts that a console can show: plain, and in its encoding.
+
+    Attributes:
+        ascii: whether the console cannot show the signs of the chart.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._encoding = console.encoding
+        self.ascii = not _can("⣿▲▵─│┤└·", self._encoding)
+
+    def __call__(self, text: str, style: str = "") -> Text:
+        """Return a text for rich, without markup."""
+        text = plain(text)
+        if self.ascii and not _can(text, self._encoding):
+            text = text.translate(_ASCII).encode(self._encoding, "replace").decode(self._encoding)
+        return Text(text, style=style)
+
+    def line(self, *parts: tuple[str, str]) -> Text:
+        """Return a text of several (text, style)."""
+        return Text.assemble(*(self(text, style) for text, style in parts))
+
+
+def _can(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def show(diagnosis: Diagnosis, console: Console, *, everything: bool = False, extra: Sequence[str] = ()) -> None:
@@ -37,192 +103,165 @@ def show(diagnosis: Diagnosis, console: Console, *, everything: bool = False, ex
         everything: notes and all events, too.
         extra: further lines for the end.
     """
-    console.print(Group(*_parts(diagnosis, console.width, everything, extra)))
+    console.print(Group(*_parts(diagnosis, Pen(console), console.width, everything, extra)))
 
 
-def _parts(d: Diagnosis, width: int, everything: bool, extra: Sequence[str]) -> Iterator[RenderableType]:
+def _parts(d: Diagnosis, pen: Pen, width: int, everything: bool, extra: Sequence[str]) -> Iterator[RenderableType]:
     steps, _ = curve(d.log)
     unit = f", loss in {d.log.loss_unit}" if d.log.loss_unit else ""
     span = f", {d.log.step_unit} {steps[0]} to {steps[-1]}" if len(steps) else ""
-    yield Text.assemble((d.log.name, "bold"), f": {d.format}, {plural(d.points, 'point')}{span}{unit}")
-    yield Text(d.headline, style=HEALTH[d.health])
+    yield pen.line((d.log.name, "bold"), (f": {d.format}, {plural(d.points, 'point')}{span}{unit}", ""))
+    yield pen(d.headline, HEALTH[d.health])
     if len(steps) > 1:
-        yield from _chart(d, width)
+        yield from _chart(d, pen, width)
     shown = [e for e in d.events if everything or e.severity != "note"]
     if shown:
         yield Text()
-        yield from _table(shown, d, everything)
-    yield from _advice(shown)
-    yield from _small(d, everything)
-    notes = d.notes if everything else d.notes[:MOST_NOTES]
-    for note in notes:
-        yield Text(f"note: {note}", style="dim")
-    if len(notes) < len(d.notes):
-        yield Text(f"and {len(d.notes) - len(notes)} more notes on the reading; --all shows them", style="dim")
+        yield from _listed(shown, d, pen, width, everything)
+    yield from _why(shown, pen, everything)
+    yield from _todo(shown, pen, everything)
+    if not everything:
+        yield from _harmless(d, pen)
+    if scores := scores_text(d):
+        yield pen(f"Spike score: {scores}", "dim")
+    notes = note_texts(d.notes)
+    kept = notes if everything else notes[:MOST_NOTES]
+    for note in kept:
+        yield _Hanging(pen(f"note: {note}", "dim"), 0, 6)
+    if len(kept) < len(notes):
+        yield pen(f"and {plural(len(notes) - len(kept), 'more note')} on the reading; --all shows them", "dim")
     for line in extra:
-        yield Text(line)
+        yield pen(line)
 
 
 # -- the curve -----------------------------------------------------------------------------------------
 
 
-def _chart(d: Diagnosis, width: int) -> Iterator[Text]:
-    """Yield the curve as braille dots, a line of marks, and the steps below."""
+def _chart(d: Diagnosis, pen: Pen, width: int) -> Iterator[Text]:
+    """Yield the curve, a line of marks, and the steps below."""
     steps, values = curve(d.log)
     good = np.isfinite(values) & (values > 0)
     if good.sum() < 2:
         return
     low, high = float(values[good].min()), float(values[good].max())
-    labels = [number(high, 3), number(low, 3)]
+    top = roof(steps[good], values[good], peaks_of(d))
+    labels = [(">" if top < high else "") + number(top, 3), number(low, 3)]
     left = max(map(len, labels)) + 1
-    columns = max(20, width - left - 2)
-    for row, line in enumerate(_dots(steps[good], np.log(values[good]), columns)):
+    columns = max(10, width - left - 3)
+    span = (int(steps[0]), int(steps[-1]))
+    draw = ascii_rows if pen.ascii else braille_rows
+    for row, line in enumerate(draw(steps[good], np.log(np.minimum(values[good], top)), columns, span)):
         label = labels[0] if row == 0 else labels[1] if row == ROWS - 1 else ""
-        yield Text.assemble((f"{label:>{left}} ", "dim"), ("┤" if label else "│", "dim"), (line, "cyan"))
-    yield _marks(d.events, steps, columns, left)
-    first, middle, last = (f"{int(s):,}" for s in (steps[0], (steps[0] + steps[-1]) // 2, steps[-1]))
-    axis = first.ljust(columns // 2 - len(middle) // 2) + middle
-    yield Text(" " * (left + 2) + axis + last.rjust(max(1, columns - len(axis))), style="dim")
+        yield pen.line((f"{label:>{left}} ", "dim"), ("┤" if label else "│", "dim"), (line, "cyan"))
+    yield _marks(d, pen, span, columns, left)
+    first, middle, last = (f"{int(s):,}" for s in (span[0], (span[0] + span[1]) // 2, span[1]))
+    half = max(columns // 2 - len(middle) // 2, len(first) + 1)
+    axis = first.ljust(half) + middle if half + len(middle) + 1 + len(last) <= columns else first
+    yield pen(" " * (left + 2) + axis + last.rjust(max(1 + len(last), columns - len(axis))), "dim")
 
 
-def _dots(steps: Ints, x: Floats, columns: int) -> list[str]:
-    """Return the rows of a chart: each half column spans its lowest to its highest value."""
-    wide, tall = 2 * columns, 4 * ROWS
-    span = max(int(steps[-1] - steps[0]), 1)
-    at = np.minimum(((steps - steps[0]) * wide // (span + 1)).astype(np.int64), wide - 1)
-    low, high = float(x.min()), float(x.max())
-    scale = (tall - 1) / (high - low) if high > low else 0.0
-    level = np.rint((high - x) * scale).astype(np.int64)  # 0 is the top
-    top, bottom = np.full(wide, tall), np.full(wide, -1)
-    np.minimum.at(top, at, level)
-    np.maximum.at(bottom, at, level)
-    filled = np.flatnonzero(bottom >= 0)
-    cells = np.zeros((ROWS, columns), dtype=np.int64)
-    before = None
-    for i in filled:
-        a, b = int(top[i]), int(bottom[i])
-        if before is not None and before[0] == i - 1:  # neighbours are joined
-            a, b = min(a, before[2] + 1), max(b, before[1] - 1)
-        for dot in range(a, b + 1):
-            cells[dot // 4, i // 2] |= _DOTS[dot % 4][i % 2]
-        before = (int(i), int(top[i]), int(bottom[i]))
-    return ["".join(chr(0x2800 + c) if c else " " for c in row) for row in cells]
-
-
-def _marks(events: Sequence[Event], steps: Ints, columns: int, left: int) -> Text:
-    """Return the line below the curve with the events' peaks; the worst one of a column is shown."""
-    worst = {"note": 0, "warning": 1, "critical": 2}
-    span = max(int(steps[-1] - steps[0]), 1)
+def _marks(d: Diagnosis, pen: Pen, span: tuple[int, int], columns: int, left: int) -> Text:
+    """Return the line below the curve with the events; the worst one of a column is shown."""
     cells: dict[int, str] = {}
-    for event in events:
-        first = int((event.start - steps[0]) * columns // (span + 1))
-        last = int((event.end - steps[0]) * columns // (span + 1))
+    for event in d.events:
+        first, last = columns_of(np.array([event.start, event.end]), span, columns).tolist()
         for column in range(max(first, 0), min(last, columns - 1) + 1):
-            if column not in cells or worst[event.severity] > worst[cells[column]]:
+            if column not in cells or RANK[event.severity] > RANK[cells[column]]:
                 cells[column] = event.severity
-    line = Text(" " * (left + 1))
-    line.append("└", style="dim")
+    line = pen.line((" " * (left + 1), ""), ("└", "dim"))
     for column in range(columns):
         severity = cells.get(column)
-        line.append(MARKS[severity] if severity else "─", style=STYLE[severity] if severity else "dim")
+        line.append(pen(_MARKS[severity] if severity else "─", STYLE[severity] if severity else "dim"))
     return line
 
 
 # -- the events ----------------------------------------------------------------------------------------
 
 
-def _table(shown: Sequence[Event], d: Diagnosis, everything: bool) -> Iterator[RenderableType]:
-    order = {"critical": 0, "warning": 1, "note": 2}
+def _listed(shown: Sequence[Event], d: Diagnosis, pen: Pen, width: int, everything: bool) -> Iterator[RenderableType]:
     kept = list(shown)
     if not everything and len(shown) > MOST_EVENTS:
-        kept = sorted(shown, key=lambda e: (order[e.severity], -abs(_size(e))))[:MOST_EVENTS]
-        kept.sort(key=lambda e: e.start)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in (d.log.step_unit, "what", "peak", "came back", "likely cause", "cost", "do"):
-        table.add_column(name, overflow="fold")
-    for e in kept:
-        table.add_row(
-            f"{e.start}" if e.start == e.end else f"{e.start}-{e.end}",
-            Text(e.kind.replace("_", " "), style=STYLE[e.severity]),
-            peak_text(e),
-            recovery_text(e),
-            e.cause.name if e.cause.name == "unknown" else f"{e.cause.name} ({e.cause.certainty})",
-            cost_text(e),
-            e.advice.action.replace("_", " "),
-        )
-    yield table
+        kept = sorted(worst_first(shown)[:MOST_EVENTS], key=lambda e: e.start)
+    if width < NARROW:
+        yield from _lines(kept, pen)
+    else:
+        yield _table(kept, d.log.step_unit, pen, width)
     if len(kept) < len(shown):
-        yield Text(f"and {len(shown) - len(kept)} smaller ones; --all shows them", style="dim")
+        yield pen(f"and {plural(len(shown) - len(kept), 'smaller one')}; --all shows them", "dim")
 
 
-def _advice(shown: Sequence[Event]) -> Iterator[Text]:
-    """Yield the evidence of the worst event, and each piece of advice once."""
-    serious = [e for e in shown if e.severity != "note"]
-    if not serious:
+def _table(kept: Sequence[Event], unit: str, pen: Pen, width: int) -> Table:
+    table = _empty_table((unit, "what", "peak", "came back", "likely cause", "cost", "do"), pen)
+    for e in kept:
+        at = f" at {e.peak}" if width >= WIDE and e.start != e.end else ""
+        table.add_row(
+            pen(span_text(e)),
+            pen(e.kind.replace("_", " "), STYLE[e.severity]),
+            *map(pen, (peak_text(e) + at, recovery_text(e), cause_text(e), cost_text(e), _action(e))),
+        )
+    return table
+
+
+def _lines(kept: Sequence[Event], pen: Pen) -> Iterator[RenderableType]:
+    """Yield the same for a narrow terminal."""
+    for e in kept:
+        yield pen.line((span_text(e), "bold"), (" ", ""), (e.kind.replace("_", " "), STYLE[e.severity]))
+        back = {"yes": "came back", "no": "did not come back", "log ends": "the log ends before it came back"}
+        text = recovery_text(e)
+        says = [f"peak {peak_text(e)}", back.get(text, f"came back: {text}"), f"cause: {cause_text(e)}"]
+        says += [f"cost: {cost_text(e)}"] * bool(e.cost.steps) + [f"do: {_action(e)}"] * bool(_action(e))
+        yield _Hanging(pen("; ".join(says)), 2, 2)
+
+
+def _action(e: Event) -> str:
+    return e.advice.action.replace("_", " ")
+
+
+def _why(shown: Sequence[Event], pen: Pen, everything: bool) -> Iterator[RenderableType]:
+    """Yield the evidence of the worst events; what was said of one is not said again."""
+    serious = worst_first(e for e in shown if e.severity != "note")
+    known: set[str] = set()
+    for event in serious if everything else serious[:EXPLAINED]:
+        texts = [text for text in evidence(event) if text not in known]
+        known.update(texts)
+        if not texts:
+            continue
+        if len(known) == len(texts):
+            yield Text()
+        yield pen(f"Why, for the one at {event.start}:", "bold")
+        kept = texts if everything else texts[:EVIDENCE]
+        for text in kept:
+            yield _Hanging(pen(text), 2, 2)
+        if len(kept) < len(texts):
+            yield pen(f"  and {plural(len(texts) - len(kept), 'more sign')}; --all shows them", "dim")
+
+
+def _todo(shown: Sequence[Event], pen: Pen, everything: bool) -> Iterator[RenderableType]:
+    """Yield each piece of advice once, with whose practice it is."""
+    found = todos(shown)
+    if not found:
         return
-    worst = max(serious, key=lambda e: (e.severity == "critical", e.recovery == "never", abs(_size(e))))
-    yield Text()
-    if worst.cause.evidence or worst.precursors:
-        yield Text(f"Why, for the one at {worst.start}:", style="bold")
-        for line in dict.fromkeys([*worst.cause.evidence, *(p.text for p in worst.precursors)]):
-            yield Text(f"  {line}")
-    said: dict[str, list[Event]] = {}
-    for e in serious:
-        if e.advice.text:
-            said.setdefault(e.advice.action, []).append(e)
-    if said:
-        yield Text("What to do:", style="bold")
-    for action, events in said.items():
-        about = ", ".join(str(e.start) for e in events[:4]) + (", ..." if len(events) > 4 else "")
-        source = f" [{events[-1].advice.source}]" if events[-1].advice.source else ""
-        yield Text.assemble((f"  {action.replace('_', ' ')}", "bold"), f" (at {about}): {events[-1].advice.text}{source}")
+    yield pen("What to do:", "bold")
+    for todo in found if everything else found[:MOST_ADVICE]:
+        source = todo.advice.source if everything else short_source(todo.advice.source)
+        text = pen.line(
+            (f"{todo.advice.action.replace('_', ' ')}", "bold"),
+            (f" (at {starts_text(todo.events)}): {todo.advice.text}", ""),
+            (f" [{source}]" if source else "", "dim"),
+        )
+        yield _Hanging(text, 2, 4)
+    if not everything and len(found) > MOST_ADVICE:
+        yield pen(f"  and {len(found) - MOST_ADVICE} more; --all shows them", "dim")
 
 
-def _small(d: Diagnosis, everything: bool) -> Iterator[Text]:
-    """Yield one line on the notes, and one on the scores."""
+def _harmless(d: Diagnosis, pen: Pen) -> Iterator[Text]:
     notes: dict[str, int] = {}
     for e in d.events:
         if e.severity == "note":
             notes[e.kind] = notes.get(e.kind, 0) + 1
-    if notes and not everything:
+    if notes:
         listed = ", ".join(plural(n, kind.replace("_", " ")) for kind, n in notes.items())
-        yield Text(f"Harmless, nothing to do: {listed} (--all lists them)", style="dim")
-    scores = [
-        f"{name.replace('_', ' ')} {value:.2f} % ({kind.replace('_', '-')})"
-        for name, kinds in d.spike_scores.items()
-        for kind, value in kinds.items()
-    ]
-    if scores:
-        yield Text(f"Spike score: {', '.join(scores)}", style="dim")
-
-
-def peak_text(e: Event) -> str:
-    """Return how far an event went, e.g. ``3.9 (+31 %) at 2120``."""
-    if not math.isfinite(e.value):
-        return f"{e.value} at {e.peak}"
-    rise = f" ({100 * e.rise:+.3g} %)" if math.isfinite(e.rise) else ""
-    name = "" if e.signal == "loss" else f"{e.signal.replace('_', ' ')} "
-    return f"{name}{number(e.value)}{rise} at {e.peak}"
-
-
-def recovery_text(e: Event) -> str:
-    """Return whether it came back, with what stayed."""
-    text = {"returned": "yes", "partly": "partly", "never": "no", "open": "log ends"}[e.recovery]
-    if e.recovery in ("partly", "never") and math.isfinite(e.lasting):
-        text += f", {100 * e.lasting:+.2g} %"
-    return text
-
-
-def cost_text(e: Event) -> str:
-    """Return the cost in steps, and in tokens where known."""
-    if e.severity == "note" or not e.cost.steps:
-        return "-"
-    tokens = f", {count(e.cost.tokens)} tokens" if e.cost.tokens else ""
-    return f"{e.cost.steps:,}{tokens}"
-
-
-def _size(e: Event) -> float:
-    return e.rise if math.isfinite(e.rise) else math.inf
+        yield pen(f"Harmless, nothing to do: {listed} (--all lists them)", "dim")
 
 
 # -- several logs --------------------------------------------------------------------------------------
@@ -230,28 +269,48 @@ def _size(e: Event) -> float:
 
 def compared(diagnoses: Sequence[Diagnosis], console: Console) -> None:
     """Print one line a log."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("log", "format", "points", "last loss", "health", "events", "lost", "spike score"):
-        table.add_column(name, overflow="fold")
+    pen = Pen(console)
+    table = _empty_table(("log", "points", "last loss", "health", "events", "lost", "spike score"), pen)
     for d in diagnoses:
-        _, values = curve(d.log)
         serious = sum(e.severity != "note" for e in d.events)
         score = d.spike_scores.get("loss", {}).get("olmo2")
         table.add_row(
-            d.log.name,
-            d.format,
-            f"{d.points:,}",
-            number(float(np.median(values[-9:])) if len(values) else None, 3),
-            Text(d.health, style=HEALTH[d.health]),
-            f"{serious} (+{len(d.events) - serious} notes)",
-            f"{d.lost_steps:,} ({100 * (1 - d.ettr):.2g} %)",
-            "–" if score is None else f"{score:.2f} %",
+            pen(d.log.name),
+            pen(f"{d.points:,}"),
+            pen(number(last_loss(d), 3)),
+            pen(d.health, HEALTH[d.health]),
+            pen(f"{serious} (+{plural(len(d.events) - serious, 'note')})"),
+            pen(f"{d.lost_steps:,} ({100 * (1 - d.ettr):.2g} %)"),
+            pen(MISSING if score is None else f"{score:.2f} %"),
         )
     console.print(table)
 
 
 def verdict(comparison: Comparison, console: Console) -> None:
     """Print what two logs show together."""
-    console.print(Text(f"{comparison.a} and {comparison.b}: {comparison.verdict}", style="bold"))
+    pen = Pen(console)
+    console.print(pen(f"{comparison.a} and {comparison.b}: {comparison.verdict}", "bold"))
     for line in comparison.evidence:
-        console.print(Text(f"  {line}"))
+        console.print(_Hanging(pen(line), 2, 2))
+
+
+# -- layout --------------------------------------------------------------------------------------------
+
+
+def _empty_table(names: Sequence[str], pen: Pen) -> Table:
+    table: Table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in names:
+        table.add_column(pen(name), overflow="fold", no_wrap=name in _WHOLE)
+    return table
+
+
+class _Hanging:
+    """A text whose lines but the first are further in."""
+
+    def __init__(self, text: Text, first: int, rest: int) -> None:
+        self._text, self._first, self._rest = text, first, rest
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = self._text.wrap(console, max(10, options.max_width - self._rest))
+        for i, line in enumerate(lines):
+            yield Text(" " * (self._rest if i else self._first)) + line

@@ -56,9 +56,9 @@ def from_mapping(settings: Mapping[str, Any], source: str) -> Settings | None:
     Raises:
         UserError: a value that cannot be.
     """
-    if len(megatron.KNOWN & settings.keys()) >= 4:
-        return megatron.from_dump(settings, source)
-    return from_mlperf(settings, source) or hf.from_config(settings, source)
+    if (found := from_mlperf(settings, source) or hf.from_config(settings, source)) is not None:
+        return found
+    return megatron.from_dump(settings, source) if len(megatron.KNOWN & settings.keys()) >= 4 else None
 
 
 def _documents(path: Path) -> list[Document]:

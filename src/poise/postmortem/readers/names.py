@@ -10,6 +10,11 @@ import re
 from collections.abc import Mapping
 
 STEP, LOSS, GRAD_NORM, LR, TOKENS, VAL_LOSS = "step", "loss", "grad_norm", "lr", "tokens", "val_loss"
+LOSS_SCALE, SKIPPED, SAMPLES, UPDATE_NORM = "loss_scale", "skipped_steps", "samples", "update_norm"
+MAX_LOGIT, Z_LOSS, BALANCE_LOSS = "max_attention_logit", "z_loss", "load_balancing_loss"
+
+ROW = "row"
+"""What a reader calls its own count of rows, where the log says neither steps nor anything else that counts."""
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
     STEP: (
@@ -24,13 +29,17 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
         "n_iter",
         "global_steps",
         "current_step",
+        "current_steps",
         "num_steps",
         "optimizer_step",
         "opt_step",
-        "update",
+        "iteration_step",
         "num_updates",
+        "update",  # after num_updates: fairseq's "update" is a fraction of an epoch
         "batch",
+        "time_batch",
         "_step",  # W&B's own counter of log calls, which need not be the training step
+        ROW,
     ),
     LOSS: (
         "loss",
@@ -38,18 +47,27 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
         "ce_loss",
         "cross_entropy_loss",
         "cross_entropy",
+        "crossentropyloss",
         "nll_loss",
         "language_cross_entropy",
+        "languagecrossentropy",
         "reduced_train_loss",
         "loss_train",
         "training_loss",
         "loss_metrics_global_avg_loss",
+        "global_avg_loss",
         "loss_step",
         "loss_avg",
         "avg_loss",
         "mean_loss",
+        "llm_loss",
+        "reduced_llm_loss",
+        "loss_reduced_llm_loss",
+        "loss_per_nonpadding_target_token",
         "total_loss",
         "loss_total",
+        "loss_train_total",
+        "loss_epoch",
         "value",  # TensorBoard's CSV of one scalar
     ),
     GRAD_NORM: (
@@ -62,30 +80,111 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
         "grad_norm_global",
         "global_gradient_norm",
         "l2_norm_grad_global",
+        "grad_2_0_norm_total",
+        "grad_l2_norm",
         "gnorm",
+        "raw_grad_norm",
     ),
-    LR: ("lr", "learning_rate", "learningrate", "lr_group_0", "lr_0", "lr_adamw_pg1", "lr_adamw"),
+    LR: (
+        "lr",
+        "learning_rate",
+        "learningrate",
+        "current_learning_rate",
+        "current_lr",
+        "lr_group_0",
+        "lr_group0",
+        "learning_rate_group0",
+        "learning_rate_group_0",
+        "lr_0",
+        "lr_adamw_pg1",
+        "lr_adamw",
+        "lr_adamw_group0",
+        "lr_decoupledadamw_group0",
+        "lr_decoupledlionw_group0",
+    ),
     TOKENS: (
         "tokens",
         "tokens_seen",
         "total_tokens_seen",
         "n_tokens_seen",
         "seen_tokens",
+        "num_tokens_seen",
         "num_tokens",
         "n_tokens",
         "total_tokens",
+        "tokens_total",
         "consumed_tokens",
         "tokens_consumed",
+        "consumed_train_tokens",
         "tokens_processed",
         "num_input_tokens_seen",
         "throughput_total_tokens",
+        "time_token",
     ),
 }
 """Name in ``Log.series`` -> what others write, the surest first, in the form that ``words`` gives joined by ``_``."""
 
-_FOLDERS = frozenset({"train", "training", "trainer", "metrics", "metric", "stats", "log", "optim", "optimizer"})
+FURTHER: Mapping[str, tuple[str, ...]] = {
+    LOSS_SCALE: (
+        "loss_scale",
+        "lossscale",
+        "loss_scaler",
+        "cur_scale",
+        "amp_scale",
+        "fp16_scale",
+        "grad_scale",
+        "scale",
+    ),
+    SKIPPED: (
+        "skipped_steps",
+        "number_of_skipped_iterations",
+        "skipped_iterations",
+        "skipped_iter",
+        "skipped",
+        "num_skipped",
+        "num_skipped_steps",
+        "step_skipped",
+        "skipped_step",
+        "skipped_updates",
+    ),
+    SAMPLES: (
+        "samples",
+        "consumed_samples",
+        "consumed_train_samples",
+        "samples_consumed",
+        "samples_count",
+        "samples_seen",
+        "seen_samples",
+        "n_samples",
+        "num_samples",
+        "total_samples",
+        "time_sample",
+        "sample",
+    ),
+    UPDATE_NORM: ("update_norm", "updates_norm", "total_update_norm", "param_update_norm", "l2_norm_update_global"),
+    MAX_LOGIT: (
+        "max_attention_logit",
+        "max_attention_logits",
+        "max_attn_logit",
+        "max_attn_logits",
+        "attn_logit_max",
+        "attention_logit_max",
+        "max_qk_logit",
+        "max_logit",
+        "max_logits",
+    ),
+    Z_LOSS: ("z_loss", "zloss"),
+    BALANCE_LOSS: ("load_balancing_loss", "load_balance_loss", "lb_loss"),
+}
+"""The same for what only some logs have."""
+
+_FOLDERS = frozenset(
+    {"train", "training", "trainer", "metrics", "metric", "stats", "log", "optim", "optimizer", "learning", "samples"}
+)
 _HELD_OUT = frozenset({"val", "valid", "validation", "eval", "evaluation", "dev", "test"})
 _UNITS = re.compile(r"\([^)]*\)|\[[^\]]*\]")
+_OF_ONE_SET = 1000
+"""Added to the rank of a validation loss that belongs to one of several sets."""
 
 
 def words(raw: str) -> list[str]:
@@ -108,24 +207,45 @@ def rank(meaning: str, raw: str) -> int | None:
     if meaning == STEP and raw.strip().lower() == "_step":
         name = ["_step"]
     if meaning == VAL_LOSS:
-        outside = [word for word in name if word not in _HELD_OUT]
-        fits = len(outside) < len(name) and rank(LOSS, "_".join(outside))
-        return None if fits is None or fits is False or outside == ["value"] else fits
-    aliases = ALIASES[meaning]
+        return _rank_held_out(name, raw)
+    aliases = ALIASES[meaning] if meaning in ALIASES else FURTHER[meaning]
     for folders in range(len(name)):
         joined = "_".join(name[folders:])
         if joined in aliases:
             return 2 * aliases.index(joined) + min(folders, 1)
         if name[folders] not in _FOLDERS:
             break
-    return None
+    return _rank_repeated(meaning, name, raw)
+
+
+def _rank_held_out(name: list[str], raw: str) -> int | None:
+    """Rank a loss on data that is held out: ``eval_loss``, or that of one set, ``eval/c4/CE loss``."""
+    outside = [word for word in name if word not in _HELD_OUT]
+    if len(outside) == len(name) or outside == ["value"]:
+        return None
+    place = rank(LOSS, "_".join(outside))
+    leaf = raw.rpartition("/")[2]
+    if place is None and leaf != raw and rank(LOSS, leaf) is not None and words(leaf) != ["value"]:
+        return _OF_ONE_SET + (rank(LOSS, leaf) or 0)
+    return place
+
+
+def _rank_repeated(meaning: str, name: list[str], raw: str) -> int | None:
+    """Rank ``lm-loss-training/lm loss``: folders that only say once more what the last part says."""
+    folder, _, leaf = raw.rpartition("/")
+    last = words(leaf)
+    before = words(folder)
+    if not before or not last or any(word not in last and word not in _FOLDERS for word in before):
+        return None
+    place = rank(meaning, leaf)
+    return None if place is None else place | 1
 
 
 def choose(meaning: str, counts: Mapping[str, int]) -> tuple[str | None, list[str]]:
     """Return the column that is meant, and the others that could have been.
 
     Args:
-        meaning: a key of ``ALIASES`` or ``val_loss``.
+        meaning: a key of ``ALIASES`` or ``FURTHER``, or ``val_loss``.
         counts: how many values each column has; one with less than half of the fullest is not chosen.
     """
     fitting = {raw: place for raw in counts if counts[raw] and (place := rank(meaning, raw)) is not None}

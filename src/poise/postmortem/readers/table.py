@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from poise.core.errors import UserError
@@ -26,18 +27,27 @@ LOOK_AT = 200
 BELOW = 20
 """Lines below a header that have to look like its rows."""
 
+_RANK = re.compile(r"(?:\[(?:rank|default)?\s?\d{1,6}\]:?|(?:rank\s?)?\d{1,6}:)[ \t]{1,8}(?=\S)", re.IGNORECASE)
+"""What launchers put before the lines of each of their processes."""
+
+_NAME = re.compile(r"[\w#%][\w %/.:#\-]{0,80}(?:\([\w %/]{1,20}\))?")
+
 DELIMITERS = (",", "\t", ";", "|", "")
 """Tried in this order; the empty one stands for blanks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a table is written. ``header`` is the line of the names; ``None`` when there is none."""
+    """How a table is written. ``header`` is the line of the names; ``None`` when there is none.
+
+    ``ranked``: the lines begin with the number of the process that printed them.
+    """
 
     delimiter: str
     names: tuple[str, ...]
     header: str | None
     score: float
+    ranked: bool = False
 
 
 def sniff(source: Source) -> float:
@@ -56,6 +66,8 @@ def read(source: Source) -> Iterator[Item]:
         source.notes.add(f"no header: the columns are taken as {', '.join(names)}")
     good = bad = 0
     for line in source.lines():
+        if layout.ranked:
+            line = _RANK.sub("", line, count=1) if _RANK.match(line) else line
         cells = split(line, layout.delimiter)
         if not began:
             began = line == layout.header
@@ -101,6 +113,10 @@ def split(line: str, delimiter: str) -> list[str]:
 def find_layout(lines: Sequence[str]) -> Layout | None:
     """Return how these lines are written as a table; ``None`` when they are none that holds numbers by name."""
     best: Layout | None = None
+    ranked = [match.end() for line in lines[:LOOK_AT] if (match := _RANK.match(line))]
+    if len(ranked) > 2 and 5 * len(ranked) >= 4 * len(lines[:LOOK_AT]):
+        below = find_layout([_RANK.sub("", line, count=1) for line in lines[:LOOK_AT]])
+        return below and replace(below, ranked=True)
     for delimiter in DELIMITERS:
         layout = _with_header(lines, delimiter) or _without_header(lines, delimiter)
         if layout is not None and (best is None or layout.score > best.score):
@@ -126,10 +142,20 @@ def _with_header(lines: Sequence[str], delimiter: str) -> Layout | None:
             losses = []  # a list of settings
         if steps or losses:
             return Layout(delimiter, names, line, 0.7 if losses else 0.4)
-        numbers = sum(_cell(cell, delimiter) is not None for row in rows for cell in row)
-        if weak is None and len(cells) > 1 and 2 * numbers >= len(rows) * len(cells):
+        if weak is None and len(cells) > 1 and 10 * len(rows) >= 9 * len(below) and _is_table(cells, rows, delimiter):
             weak = Layout(delimiter, names, line, 0.3)
     return weak
+
+
+def _is_table(cells: Sequence[str], rows: Sequence[Sequence[str]], delimiter: str) -> bool:
+    """Return whether this is a table of whatever: plain names above columns that are mostly numbers."""
+    if not all(_NAME.fullmatch(cell) for cell in cells):
+        return False
+    numeric = 0
+    for i in range(len(cells)):
+        given = [row[i] for row in rows if not is_absent(row[i])]
+        numeric += bool(given) and sum(_cell(cell, delimiter) is not None for cell in given) >= 0.9 * len(given)
+    return 2 * numeric >= len(cells)
 
 
 def _numeric(cells: Sequence[str], rows: Sequence[Sequence[str]], delimiter: str, meaning: str) -> list[int]:

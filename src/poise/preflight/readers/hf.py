@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from poise.core.errors import UserError
 from poise.preflight.readers.document import Document
 from poise.preflight.readers.draft import Draft, Found, Keys, flattened, merge, not_read
 from poise.preflight.readers.hf_models import TYPES
@@ -238,9 +237,4 @@ def from_config(raw: Mapping[str, Any], source: str) -> Settings | None:
     if len(ARGUMENTS & raw.keys()) >= 3:
         part, batch = read_arguments(raw, source, ())
         parts.append(part)
-    if not parts:
-        return None
-    try:
-        return add_batch(merge(parts), [batch] if batch else [])
-    except UserError:
-        return parts[-1]
+    return add_batch(merge(parts), [batch] if batch else []) if parts else None

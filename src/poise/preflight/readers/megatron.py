@@ -34,7 +34,7 @@ _OTHERS = frozenset(
 KNOWN = SHAPE | TRAINING | _OTHERS
 
 _FLAGS = frozenset(
-    {"fp16", "bf16", "swiglu", "qk_layernorm", "qk_clip", "group_query_attention", "disable_bias_linear",
+    {"deepspeed", "fp16", "bf16", "swiglu", "qk_layernorm", "qk_clip", "group_query_attention", "disable_bias_linear",
      "untie_embeddings_and_output_weights", "use_flash_attn", "embed_layernorm", "attention_softmax_in_fp32",
      "no_position_embedding", "use_rotary_position_embeddings", "no_masked_softmax_fusion", "apply_layernorm_1p",
      "no_check_for_nan_in_loss_and_grad", "use_precision_aware_optimizer", "init_method_xavier_uniform"}
@@ -170,7 +170,7 @@ def _shape(keys: Keys, draft: Draft) -> None:
         ("n_heads", "num_attention_heads"),
         ("head_dim", "kv_channels"),
         ("max_positions", "max_position_embeddings"),
-        ("vocab_size", "padded_vocab_size", "vocab_size"),
+        ("vocab_size", "padded_vocab_size", "pad_vocab_size_to", "vocab_size"),
         ("seq_len", "seq_length", "encoder_seq_length"),
     ):
         draft.put(name, keys.size(*own))
@@ -262,8 +262,11 @@ def _precision(keys: Keys, draft: Draft) -> None:
     elif keys.is_on("fp16"):
         draft.put("dtype", Found("fp16", _said(keys, "fp16")))
         scale = keys.number("loss_scale", low=0)
-        draft.put("loss_scale", Found(f"{scale.value:g}", scale.said) if scale else None)
-        draft.default("loss_scale", "dynamic", OF)
+        if keys.is_on("deepspeed"):
+            draft.notes.append("DeepSpeed scales the loss as its own configuration says, which is not read")
+        else:
+            draft.put("loss_scale", Found(f"{scale.value:g}", scale.said) if scale else None)
+            draft.default("loss_scale", "dynamic", OF)
         keys.find("initial_loss_scale")
     fused = keys.flag("masked_softmax_fusion")
     unfused = keys.is_on("no_masked_softmax_fusion") or (fused is not None and not fused.value)

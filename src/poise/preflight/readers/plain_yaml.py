@@ -40,7 +40,7 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         body = _without_comment(line)
         if not body.strip() or body.startswith(("---", "...", "%")):
             continue
-        indent, body = len(body) - len(body.lstrip(" ")), body.strip()
+        indent, body = len(body) - len(body.lstrip(" ")), body.strip(" ")
         if skipped >= 0 and (indent > skipped or (indent == skipped and body.startswith("- "))):
             continue
         skipped = -1

@@ -61,7 +61,7 @@ class _Word:
 def command_lines(text: str) -> list[list[str]]:
     """Return the words of every command, and of every value of a variable, of a script.
 
-    >>> command_lines('D=64\\nA=(--lr 1e-3 # note\\n  --hidden-size $((D * 2)))\\nrun "${A[@]}"')[-1]
+    >>> command_lines('D=64\\nA=(--lr 1e-3 # note\\n  --hidden-size $((D * 2)))\\nrun "${A[@]}"')[0]
     ['run', '--lr', '1e-3', '--hidden-size', '128']
     """
     shell = _Shell()

@@ -173,7 +173,7 @@ RULES: Final[tuple[Rule, ...]] = (
         "warning",
         ("nan_check",),
         _nan,
-        source="experiments with damaged checkpoints: docs/hardware.md",
+        source="arithmetic of NaN; docs/hardware.md on refusing state that is not finite",
         why="One NaN gradient makes every weight NaN, and a checkpoint saved after it cannot be used.",
     ),
 )

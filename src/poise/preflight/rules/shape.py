@@ -54,7 +54,8 @@ def _heads(s: Settings) -> Verdict | None:
         "warning" if not 0.25 <= inner / s.d_model <= 4.0 else "note",
         f"{says(s, 'n_heads', 'head_dim')}: heads x head_dim = {inner}, and {says(s, 'd_model')}",
         f"head_dim = {s.d_model / s.n_heads:g} makes them equal",
-        "Some models choose it (Qwen 3, Gemma, multi-head latent attention); where it was not chosen, a number was left from another model.",
+        "Some models choose it (Qwen 3, Gemma, multi-head latent attention); where it was not chosen, a number was "
+        "left from another model.",
         also=("head_dim",),
     )
 

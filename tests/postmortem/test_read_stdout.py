@@ -1,0 +1,253 @@
+"""Any program's lines with a step and a loss; prose, code and dumps of arguments give nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from poise.core.errors import UserError
+from poise.postmortem import Log, read_log
+from poise.postmortem.readers import stdout
+from poise.postmortem.readers.source import Source
+
+N = 30
+LOSSES = [round(9 - i / 10, 4) for i in range(N)]
+Form = tuple[Callable[[int, float], str], list[int], set[str]]
+
+
+def every(step: int = 1, first: int = 0) -> list[int]:
+    return [first + step * i for i in range(N)]
+
+
+def fairseq(i: int, x: float) -> str:
+    stamp = "2020-01-01 10:00:00 | INFO | "
+    out = f"{stamp}train_inner | epoch 00{1 + i // 15}:  {i % 15 + 1} / 15 loss={x}, ppl=9, num_updates={100 * i}, lr=0.001, gnorm=1.2\n"
+    if i % 15 == 14:  # an evaluation, and a summary of the epoch
+        out += f"{stamp}valid | epoch 001 | valid on 'valid' subset | loss 2.5 | ppl 4 | num_updates {100 * i}\n"
+        out += f"{stamp}train | epoch 001 | loss 99.0 | ppl 4 | num_updates {100 * i} | lr 0.001\n"
+    return out
+
+
+def composer(i: int, x: float) -> str:
+    out = f"0: [epoch=1][batch={i + 1}/30]:\n0:      Train time/batch: {i}\n0:      Train trainer/device_train_microbatch_size: 8\n"
+    out += f"0:      Train loss/train/total: {x}\n0:      Train l2_norm/grad/global: 1.5\n"
+    if i % 10 == 9:
+        out += "0: [eval batch=1/9]:\n0: [eval batch=9/9]:\n0:      Eval metrics/eval/LanguageCrossEntropy: 2.5\n"
+    return out
+
+
+def levanter(i: int, x: float) -> str:
+    stamp = "2025-01-01T10:00:00 - 0 - tqdm_loggable - INFO - Progress on:"
+    rest = "rate:1.2it/s remaining:00:10 elapsed:00:01 postfix:"
+    return f"{stamp}train {10.0 * i}it/300it {rest}loss={x}\n{stamp}eval {1.0 * i}it/30it {rest}loss=1.0\n"
+
+
+FORMS: dict[str, Form] = {
+    "comma": (lambda i, x: f"Step {10 * i}, loss={x}\n", every(10), set()),
+    "bars": (
+        lambda i, x: f"epoch {1 + i // 10} | step {i % 10 + 1}/10 | train_loss {x} | lr 1e-3 | gnorm 1.5\n",
+        every(first=1),
+        {"lr", "grad_norm"},
+    ),
+    "levels": (
+        lambda i, x: (
+            f"2025-01-01 00:00:00 INFO [train.py:123] step {i} | loss: {x} | grad norm: 1.5 | tokens: 1.5M | eval_loss: 2.5\n"
+        ),
+        every(),
+        {"grad_norm", "tokens", "val_loss"},
+    ),
+    "tqdm": (
+        lambda i, x: f"train:  {i}%|█▌   | {10 * i}/300 [00:01<00:30, 1.5it/s, loss={x}]\r",
+        every(10),
+        set(),
+    ),
+    "levanter": (levanter, every(10), set()),
+    "lightning": (
+        lambda i, x: (
+            f"Epoch {i // 10}: {i}%|███▌ | {i % 10 + 1}/10 [00:45<05:32, 2.65it/s, v_num=0, train_loss={x}]\r"
+            + ("Validation: 100%|█| 8/8 [00:01, 3it/s, loss=1.0]\r" if i % 10 == 9 else "")
+        ),
+        every(first=1),
+        set(),
+    ),
+    "maxtext": (
+        lambda i, x: f"completed step: {i}, seconds: 0.5, TFLOP/s/device: 100.1, total_weights: 65536, loss: {x}\n",
+        every(),
+        {"TFLOP/s/device"},
+    ),
+    "fairseq": (fairseq, every(100), {"lr", "grad_norm", "val_loss"}),
+    "metaseq": (
+        lambda i, x: (
+            f'2021-03-08 12:31:36 | INFO | train_inner | {{"epoch": 1, "update": {i / 30:.3f}, "loss": "{x}", '
+            f'"num_updates": "{i + 1}", "lr": "2e-05", "gnorm": "20.751", "loss_scale": "4"}}\n'
+        ),
+        every(first=1),
+        {"lr", "grad_norm", "loss_scale"},
+    ),
+    "composer": (composer, every(first=1), {"grad_norm", "val_loss"}),
+    "litgpt": (
+        lambda i, x: (
+            f"Epoch 1 | iter {2 * i + 1} step {i} | loss train: {x + 1}, val: n/a | iter time: 82.31 ms\n"
+            f"Epoch 1 | iter {2 * i + 2} step {i} | loss train: {x}, val: {2.5 if i == 9 else 'n/a'} | iter time: 2 ms (step)\n"
+        ),
+        every(),
+        {"val_loss"},
+    ),
+    "meters": (
+        lambda i, x: f"Epoch: [{i // 10}][ {i % 10}/10]\tTime 0.411 ( 0.512)\tLoss {x} ({x + 1:.4f})\tAcc@1 0.0\n",
+        every(),
+        set(),
+    ),
+    "keras": (lambda i, x: f"{i + 1}/30 [==>....] - ETA: 1s - loss: {x} - accuracy: 0.5\r", every(first=1), set()),
+    "json": (
+        lambda i, x: f'INFO:root:{{"step": {i}, "train/loss": {x}, "train/grad_norm": 1.5}}\n',
+        every(),
+        {"grad_norm"},
+    ),
+    "ranks": (lambda i, x: "".join(f"[rank{r}]: step: {i} loss: {x}\n" for r in range(4)), every(), set()),
+    "tensors": (lambda i, x: f"step={i} loss=tensor({x}, device='cuda:0', grad_fn=<X>)\n", every(), set()),
+    "thousands": (lambda i, x: f"step {1000 * i:,}/30,000: loss {x}; lr 1e-3\n", every(1000), {"lr"}),
+}
+
+
+def read(tmp_path: Path, text: str) -> Log:
+    path = tmp_path / "run.log"
+    path.write_text(text)
+    return read_log(path)
+
+
+def points(log: Log, name: str) -> dict[int, float]:
+    return dict(zip(*(x.tolist() for x in log.series[name]), strict=True))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms(tmp_path: Path, name: str) -> None:
+    line, steps, columns = FORMS[name]
+    log = read(tmp_path, "Loading data ...\n" + "".join(line(i, x) for i, x in enumerate(LOSSES)))
+    assert log.format == "stdout"
+    assert points(log, "loss") == dict(zip(steps, LOSSES, strict=True))
+    assert columns <= set(log.series)
+    assert set(points(log, "val_loss").values()) == {2.5} if "val_loss" in columns else "val_loss" not in log.series
+    assert "grad_norm" not in columns or set(points(log, "grad_norm").values()) <= {1.5, 1.2, 20.751}
+
+
+def test_lines_without_a_step_are_counted(tmp_path: Path) -> None:
+    log = read(tmp_path, "".join(f"loss: {x}, gnorm: 1.5, lr: {1e-3 * (30 - i)}\n" for i, x in enumerate(LOSSES)))
+    assert points(log, "loss") == dict(zip(range(1, N + 1), LOSSES, strict=True))
+
+
+def test_nan_and_inf_are_values(tmp_path: Path) -> None:
+    values = ["5.5", "nan", "-inf", "inf", "NaN", "4.5", "-nan(ind)"]
+    log = read(tmp_path, "".join(f"step {i} loss {x} lr 1e-3\n" for i, x in enumerate(values)))
+    got = list(points(log, "loss").values())
+    assert [math.isnan(x) for x in got[:6]] == [False, True, False, False, True, False]
+    assert got[2:4] == [-math.inf, math.inf]
+
+
+def test_evaluation_lines_are_no_training_loss(tmp_path: Path) -> None:
+    text = "".join(f"step {i}: loss {x}\n" for i, x in enumerate(LOSSES)) + "Evaluation at step 29: loss 2.5\n"
+    log = read(tmp_path, text)
+    assert points(log, "loss")[29] == LOSSES[29]
+    assert points(log, "val_loss") == {29: 2.5}
+
+
+def test_the_later_branch_counts(tmp_path: Path) -> None:
+    text = "".join(f"step {i} loss 5.0\n" for i in range(10)) + "".join(f"step {i} loss 4.0\n" for i in range(6, 9))
+    assert points(read(tmp_path, text), "loss") == {**dict.fromkeys(range(6), 5.0), 6: 4.0, 7: 4.0, 8: 4.0}
+
+
+def test_a_rewind_within_an_epoch_is_no_new_epoch(tmp_path: Path) -> None:
+    rows = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2), (1, 3), (1, 4), (1, 2), (1, 3), (1, 4), (2, 1)]
+    log = read(tmp_path, "".join(f"epoch {e} step {s}/4 loss {i}.0\n" for i, (e, s) in enumerate(rows)))
+    assert points(log, "loss") == {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 8, 7: 9, 8: 10, 9: 11}
+
+
+ARGUMENTS = "".join(f"{name}: {i}\n" for i, name in enumerate(("step", "loss_scale", "lr", "warmup_steps", "seed"))) * 4
+PROSE = "In step 3 the loss is 2.5 and falls.\nWe lower the lr to 1e-4 at step 100.\nThen, at step 200, loss 2.25.\n"
+CODE = (
+    "import os\nimport sys\ndef main():\n    step = 0; loss = 0.0\n"
+    + "".join(f"    check(step={i}, loss={i}.5)\n" for i in range(9))
+    + "def again():\n    assert step == 3 and loss < 2.5\n"
+)
+README = "# Training\n\nYou see this:\n\n```\n" + "".join(f"step {i} | loss 3.{i}\n" for i in range(5)) + "```\n"
+
+
+@pytest.mark.parametrize(
+    "text", [ARGUMENTS, PROSE + "And so on.\n" * 80, CODE * 2, README + "More words.\n" * 60, "\n"]
+)
+def test_what_is_no_log(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "some.txt"
+    path.write_text(text)
+    assert stdout.sniff(Source(path)) == 0.0
+
+
+def test_this_very_repository_is_no_log() -> None:
+    root = Path(__file__).resolve().parents[2]
+    files = sorted([*root.glob("src/poise/postmortem/**/*.py"), *root.glob("docs/*.md"), Path(__file__)])
+    assert [str(path) for path in files if stdout.sniff(Source(path))] == []
+
+
+def test_the_score_is_below_all_other_formats(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    path.write_text("".join(f"step {i} loss 5.0\n" for i in range(10)))
+    assert 0 < stdout.sniff(Source(path)) <= 0.25
+
+
+@pytest.mark.parametrize(
+    "bit",
+    [
+        "a ",
+        "1",
+        "a=",
+        "step 1",
+        "1/",
+        "loss nan ",
+        "a_b/c.d-e ",
+        "| 1/2",
+        "1,",
+        "(",
+        "1it/",
+        "[[[",
+        "=======",
+        "x y z w ",
+    ],
+)
+def test_long_lines_take_no_time(tmp_path: Path, bit: str) -> None:
+    """A line of 300 kB, and one just short enough to be looked into, a hundred times."""
+    path = tmp_path / "run.log"
+    rows = "".join(f"step {i} loss 5.0\n" for i in range(10))
+    path.write_text(rows + bit * (300_000 // len(bit)) + "\n" + (bit * (3990 // len(bit)) + "\n") * 100 + rows)
+    began = time.process_time()
+    assert len(points(read_log(path), "loss")) == 10
+    assert time.process_time() - began < 2.0
+
+
+@settings(max_examples=60, deadline=None)
+@example("loss: 1e999 step 5/0 epoch inf lr: 1.5E")
+@example("| 99999999999999999999/2 [ , loss=1] 1.2.3it/4it")
+@given(st.text(alphabet="step los:=/|[]().,-+einfaNK0123456789%\"' ²٣", max_size=120))
+def test_no_line_breaks_it(text: str) -> None:
+    found = stdout.take_apart(text, stdout.Meanings())
+    assert all(isinstance(value, float) for value in found.row.values())
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_cut_anywhere(tmp_path: Path, name: str) -> None:
+    """Only the last row may be spoiled by a cut, and nothing is raised but a refusal."""
+    line, steps, _ = FORMS[name]
+    whole = "".join(line(i, x) for i, x in enumerate(LOSSES)).encode()
+    for cut in range(len(whole) // 2, len(whole), max(1, len(whole) // 25)):
+        path = tmp_path / "run.log"
+        path.write_bytes(whole[:cut])
+        try:
+            got = points(read_log(path), "loss")
+        except UserError:
+            pytest.fail("half a log is a log")
+        right = dict(zip(steps, LOSSES, strict=True))
+        assert sum(right.get(step) != value for step, value in got.items()) <= 1
