@@ -419,3 +419,12 @@ def test_real_logs() -> None:
         rows = path.read_text().splitlines()
         assert log.format == "table" and len(log.series["loss"][0]) == len(rows) - 1, path.name
         assert set(log.notes) <= {"lines end with carriage returns (Windows, or a progress bar)"}, path.name
+
+
+def test_restarts_are_the_steps_after_a_seam(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    rows = [*range(1, 11), *range(6, 15)]
+    path.write_text("step,loss\n" + "".join(f"{s},{2.0 + s / 100}\n" for s in rows))
+    assert read_log(path).restarts == (6,)
+    path.write_text("step,loss\n" + "".join(f"{s},2.0\n" for s in range(20, 0, -1)))
+    assert read_log(path).restarts == ()

@@ -167,7 +167,7 @@ def items_of(tmp_path: Path, text: str) -> list[Item]:
 
 def test_a_last_line_cut_off_loses_its_last_cell_only(tmp_path: Path) -> None:
     whole = line(2, "1.250000E+00")
-    for cut in range(len(whole)):
+    for cut in range(0, len(whole), 3):
         found = flat(items_of(tmp_path, line(1) + "\n" + whole[:cut]))
         for row in found[1:]:
             assert isinstance(row, dict) and row.get("lm loss", "1.25") == "1.25"
@@ -234,13 +234,13 @@ def random_log(rng: random.Random, lines: int) -> str:
 
 
 @given(st.integers(0, 10**9), st.sampled_from([200, 5000, 1 << 20]), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_at_once_is_as_one_by_one(
     tmp_path_factory: pytest.TempPathFactory, seed: int, block: int, zipped: bool
 ) -> None:
     rng = random.Random(seed)
     path = tmp_path_factory.mktemp("log") / "train.out"
-    text = random_log(rng, 150).encode()
+    text = random_log(rng, 120).encode()
     path.write_bytes(gzip.compress(text) if zipped else text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("poise.postmortem.readers.pages.BLOCK", block)
@@ -277,15 +277,15 @@ def test_what_is_no_number_is_found_out(text: str) -> None:
 
 
 def test_layouts_stay_few(tmp_path: Path) -> None:
-    text = "\n".join(line(step).replace("grad norm", f"grad norm {'x' * (step % 70)}") for step in range(3000))
+    text = "\n".join(line(step).replace("grad norm", f"grad norm {'x' * (step % 70)}") for step in range(1000))
     path = tmp_path / "train.out"
     path.write_text(text + "\n")
     source = Source(path)
     scan = bulk.Scan(megatron.Reader(source))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("poise.postmortem.readers.pages.BLOCK", 20_000)
+        patch.setattr("poise.postmortem.readers.pages.BLOCK", 8_000)
         found = [item for page, last in megatron.pages(source) for item in scan.page(page, last)]
-    assert len(flat(found)) == 3000
+    assert len(flat(found)) == 1000
     assert len(scan._layouts) == bulk.MAX_LAYOUTS
 
 

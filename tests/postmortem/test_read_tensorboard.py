@@ -260,6 +260,13 @@ def test_the_log_goes_on_after_a_torn_record_and_after_garbage(tmp_path: Path) -
     assert said(log, "damaged record")
 
 
+def test_a_torn_record_longer_than_the_rest_of_the_file(tmp_path: Path) -> None:
+    torn = event(9, field(1, b"x") + field(4, bytes(3000)))[:40]
+    log = read(tmp_path, VERSION + run(range(1, 9), ("loss",)) + torn + run(range(10, 13), ("loss",)))
+    assert log.series["loss"][0].tolist() == [*range(1, 9), 10, 11, 12]
+    assert said(log, "damaged record")
+
+
 def test_records_across_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = VERSION + run(range(1, 20)) + event(20, field(1, b"x") + field(4, bytes(3000))) + run(range(21, 30))
     whole = read(tmp_path, data, "a.tfevents").series["loss"]
@@ -383,6 +390,13 @@ def test_rows_lose_nothing_and_keep_the_order(written: list[tuple[int, int]], ri
     out = list(dense.rows(steps, columns, values, names))
     for i, name in enumerate(names):
         assert points(out, name) == [(float(s), float(v)) for v, (s, c) in enumerate(written) if c == i]
+
+
+def test_rows_of_other_columns_but_one_width_are_parted() -> None:
+    steps = np.repeat(np.arange(40), 2)
+    columns = np.array([0, 1] * 20 + [1, 2] * 20)
+    out = list(dense.rows(steps, columns, np.arange(80.0), ["a", "b", "c"]))
+    assert [set(item.columns) for item in out if isinstance(item, Block)] == [{"step", "a", "b"}, {"step", "b", "c"}]
 
 
 def test_rows_of_equal_columns_are_blocks() -> None:

@@ -25,7 +25,7 @@ _DOTS: Final = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Braille dots of a cell, from the top row to the bottom one, left and right."""
 
 
-def roof(steps: Ints, values: Floats, peaks: Sequence[tuple[int, float]]) -> float:
+def roof(steps: Ints | Floats, values: Floats, peaks: Sequence[tuple[int, float]]) -> float:
     """Return the highest value worth showing: the descent of the first steps does not count, events in it do.
 
     It would take most of the height, and a spike later on would be a dot.

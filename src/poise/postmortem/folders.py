@@ -107,7 +107,7 @@ def _wandb_folder(folder: Path) -> list[Path]:
             for file in _wandb_files(sub):
                 runs.setdefault(file.name, []).append(file)
     if latest:
-        return latest
+        return runs.get(latest[0].name) or latest
     return _only(folder, runs, "W&B runs")
 
 

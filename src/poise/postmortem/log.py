@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -219,6 +220,7 @@ class _Columns:
             shown = ", ".join(str(step) for step in steps[loss_rows[stray]][:3])
             self._notes.add(f"{len(gone)} stray rows left out, whose steps fit nowhere (first: {shown})")
         rewinds = self._rewinds(steps, loss_rows[~stray])
+        self.restarts = self._restarts(steps, loss_rows[~stray])
         out: dict[str, tuple[Ints, Floats]] = {}
         for raw, name in names.items():
             rows, values = self._rows(raw), np.array(self._values.pop(raw)[1], dtype=np.float64)
@@ -327,6 +329,15 @@ class _Columns:
             order = np.argsort(at, kind="stable")
             at, to = at[order], to[order]
         return at, np.minimum.accumulate(to[::-1])[::-1]
+
+    def _restarts(self, steps: Ints, loss_rows: Ints) -> tuple[int, ...]:
+        """Return the first step after each place where the program began again or went back."""
+        went_back = loss_rows[1:][np.diff(steps[loss_rows]) < 0].tolist()
+        marked = [math.ceil(at) for at, _ in self._marks]
+        if len(loss_rows) > 2 and len(went_back) == len(loss_rows) - 1:
+            went_back = []  # read from the end
+        rows = sorted({row for row in [*self._restarted, *went_back, *marked] if 0 < row < len(steps)})
+        return tuple(dict.fromkeys(int(steps[row]) for row in rows))
 
     def _note_seams(self, to: Ints) -> None:
         seams = np.flatnonzero(np.diff(to) < 0)

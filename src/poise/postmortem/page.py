@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from poise.dashboard.figures import ZOOM
+from poise.dashboard.figures import ZOOM, Figure
 from poise.dashboard.page import Page
 from poise.dashboard.text import MISSING, count, escape, number, plural
 from poise.postmortem import page_figures as figures
@@ -71,6 +71,11 @@ class _Report(Page):
         """Start a part with a heading of level 2 or 3."""
         self._body.append(f"<h{level}>{escape(title)}</h{level}>")
 
+    def advice(self, action: str, where: str, text: str, source: str) -> None:
+        """Add one piece of advice."""
+        named = f' <span class="soft">[{escape(source)}]</span>' if source else ""
+        self._body.append(f"<p><strong>{escape(action)}</strong> ({escape(where)}): {escape(text)}{named}</p>")
+
     def folded(self, title: str, html: Sequence[str]) -> None:
         """Add what is shown on a click; ``html`` must be escaped already."""
         self._body.append(f"<details><summary>{escape(title)}</summary>{''.join(html)}</details>")
@@ -91,7 +96,7 @@ class _Report(Page):
             f"<tbody>{body}</tbody></table></div>"
         )
 
-    def beside(self, pictures: Sequence[tuple[str, figures.Figure]]) -> None:
+    def beside(self, pictures: Sequence[tuple[str, Figure]]) -> None:
         """Add pictures in as many columns as there is room for."""
         self._body.append(
             '<div style="display:grid;gap:4px 18px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))">'
@@ -154,9 +159,9 @@ def _one(page: _Report, d: Diagnosis, drawn: figures.Curve, level: int) -> None:
     page.paragraph(plain(d.headline), "verdict")
     page.paragraph(f"{plain(d.log.path.name)}, read as {d.format}", "soft")
     page.key_figures(_key_figures(d))
+    _todo(page, d, level)
     if d.points:
         _pictures(page, d, drawn, level)
-    _todo(page, d, level)
     _events(page, d, level)
     _reading(page, d)
 
@@ -191,7 +196,8 @@ def _pictures(page: _Report, d: Diagnosis, drawn: figures.Curve, level: int) -> 
     page.part(title, level)
     scale = ", logarithmic scale" if drawn.log else ""
     page.paragraph(
-        f"By {d.log.step_unit}{scale}. Thin: every value; strong: the trend; bands and marks: events. Point at a mark for what it is. {ZOOM}",
+        f"By {d.log.step_unit}{scale}. Thin: every value; strong: the trend; bands and marks: events. "
+        f"Point at a mark for what it is. {ZOOM}",
         "soft",
     )
     page.figure(figures.main_figure(d, drawn), f"{title} by {d.log.step_unit}. {plain(d.headline)}")
@@ -211,19 +217,11 @@ def _pictures(page: _Report, d: Diagnosis, drawn: figures.Curve, level: int) -> 
 
 def _todo(page: _Report, d: Diagnosis, level: int) -> None:
     found = todos(d.events)
-    if not found:
-        return
-    page.part("What to do", level)
-    rows = [
-        [
-            one.advice.action.replace("_", " "),
-            starts_text(one.events, 8),
-            plain(one.advice.text),
-            plain(one.advice.source),
-        ]
-        for one in found
-    ]
-    page.table(["Do", "For the events at", "How", "Whose practice that is"], rows, wide=["How", rows[0][0]])
+    if found:
+        page.part("What to do", level)
+    for one in found:
+        where = f"at {starts_text(one.events, 8)}"
+        page.advice(one.advice.action.replace("_", " "), where, plain(one.advice.text), plain(one.advice.source))
 
 
 def _events(page: _Report, d: Diagnosis, level: int) -> None:

@@ -36,6 +36,9 @@ BANDS: Final = 80
 """Most events that get a band; more would be one smear, and slow. The marks show all."""
 
 LABELS: Final = 8
+LABEL_WIDTH: Final = 0.3
+"""Share of the picture that a label takes on a phone."""
+
 MARKS: Final = 2000
 RESTARTS: Final = 100
 CLOSE_UPS: Final = 6
@@ -155,7 +158,7 @@ def main_figure(d: Diagnosis, drawn: Curve) -> Figure:
     traces = [trace(shown.thinned(), title, "$loss", width=1.1, opacity=0.85)]
     if len(drawn.trend):
         traces.append(trace(drawn.trend.thinned(), "trend", "$smooth", width=2.2))
-    traces += edge_marks(drawn.every, drawn.top, "$bad")
+    traces += edge_marks(drawn.every, math.inf, "$bad") + edge_marks(finite, drawn.top, "$faint")
     traces += _event_marks([e for e in d.events if e.signal in (drawn.name, "loss")], drawn)
     traces += _restart_marks(d.log, drawn.steps)
     figure = _frame(traces, drawn.steps, height=460)
@@ -224,14 +227,15 @@ def close_up_title(event: Event) -> str:
 
 def _close_up(d: Diagnosis, event: Event, drawn: Curve) -> Figure:
     room = max(event.end - event.start, MARGIN * interval(d.log))
-    first, last = float(event.start - room), float(event.end + room)
+    first, last = max(float(event.start - room), drawn.steps[0]), min(float(event.end + room), drawn.steps[1])
     at_signal = event.signal not in (LOSS, drawn.name) and event.signal in d.log.series
     main = _line(*d.log.series[event.signal]) if at_signal else drawn.every
     inner = _between(main, first, last)
     finite = inner.finite()
     few = len(finite) <= 150
-    line = trace(finite.thinned(1500), _name(event.signal), "$loss", width=1.6)
-    line |= {"mode": "lines+markers", "marker": {"size": 4, "color": "$loss"}} if few else {}
+    colour = _LOOK.get(event.signal, ("$run5", False))[0] if at_signal else "$loss"
+    line = trace(finite.thinned(1500), _name(event.signal), colour, width=1.6)
+    line |= {"mode": "lines+markers", "marker": {"size": 4, "color": colour}} if few else {}
     traces = [line]
     if not at_signal:
         traces.append(trace(_trend_between(drawn.trend, first, last), "trend", "$smooth", width=2.0))
@@ -255,7 +259,7 @@ def _close_up(d: Diagnosis, event: Event, drawn: Curve) -> Figure:
         one["xaxis"] = "x2"
     layout["xaxis2"] = _colours() | layout.pop("xaxis") | {"anchor": "y", "nticks": 5}
     layout["xaxis"] = {"visible": False}
-    layout["yaxis"] |= {"nticks": 5}
+    layout["yaxis"] |= {"type": "log"} if drawn.log and not at_signal else {"nticks": 5}
     layout["shapes"] = [
         _band(event.start, event.end, COLOUR[event.severity], 0.13, drawn_on="x2"),
         *(_rule(p.step, "$faint", "x2") for p in event.precursors if first <= p.step <= last),
@@ -355,7 +359,7 @@ def _labels(events: Iterable[Event], span: tuple[float, float]) -> list[dict[str
     out = []
     for e in chosen:
         share = ((e.start + e.end) / 2 - span[0]) / width
-        level = next((k for k, at in enumerate(newest) if share - at > 0.13), None)
+        level = next((k for k, at in enumerate(newest) if share - at > LABEL_WIDTH), None)
         if level is None:
             continue
         newest[level] = share

@@ -27,6 +27,9 @@ LOOK_AT = 200
 BELOW = 20
 """Lines below a header that have to look like its rows."""
 
+MOST_CELLS = 200_000
+"""Cells looked at below lines that could be headers, before the search is given up."""
+
 _RANK = re.compile(r"(?:\[(?:rank|default)?\s?\d{1,6}\]:?|(?:rank\s?)?\d{1,6}:)[ \t]{1,8}(?=\S)", re.IGNORECASE)
 """What launchers put before the lines of each of their processes."""
 
@@ -126,7 +129,10 @@ def find_layout(lines: Sequence[str]) -> Layout | None:
 
 def _with_header(lines: Sequence[str], delimiter: str) -> Layout | None:
     weak: Layout | None = None
+    looked = 0
     for at, line in enumerate(lines[:LOOK_AT]):
+        if looked > MOST_CELLS:
+            break
         bare = line.lstrip("# ") if line.startswith("#") else line
         cells = split(bare, delimiter)
         if len(cells) < 1 + (not delimiter) or any(number(cell) is not None for cell in cells):
@@ -135,6 +141,7 @@ def _with_header(lines: Sequence[str], delimiter: str) -> Layout | None:
         rows = [row for row in below if len(row) == len(cells)]
         if not below or 2 * len(rows) < len(below):
             continue
+        looked += len(cells) * len(rows)
         names = tuple(_unique(cells))
         steps = _numeric(cells, rows, delimiter, STEP)
         losses = _numeric(cells, rows, delimiter, LOSS)
