@@ -183,6 +183,16 @@ def test_a_loss_that_falls_too_fast() -> None:
     assert event.value < event.baseline
 
 
+def test_a_run_that_does_not_learn() -> None:
+    steps = np.arange(10, 5001, 10)
+    noise = np.exp(0.01 * np.random.default_rng(5).normal(size=500))
+    (event,) = found(steps, (7.4 + 1.8 * np.exp(-steps / 150)) * noise)
+    assert (event.kind, event.end, event.recovery) == ("plateau", 5000, "never")
+    assert event.start < 1000
+    resumed = 2.6 + 0.02 * np.exp(-steps / 500)
+    assert found(steps + 40_000, resumed * noise) == []
+
+
 def test_non_finite_values_are_events() -> None:
     steps, loss = curve()
     loss[2000] = np.nan

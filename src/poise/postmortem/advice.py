@@ -57,6 +57,7 @@ QK = (
     "Marin 32B report: QK-norm"
 )
 BROKEN = "OPT-175B logbook: an unreasonably low perplexity came from a broken data set"
+SWEEP = "CS336 sweep of a 17M model on TinyStories: 1e-1 and above, 100 times the best rate, does not train"
 INVALID = "torchtitan pull request 3863: stop before the optimizer when the loss is not finite"
 
 
@@ -79,6 +80,12 @@ def advise(log: Log, event: Event, found: Sequence[Event]) -> Advice:
             "inputs) and at how the run was resumed, and filter or mend them before going on."
         )
         return Advice("filter_data", text, f"{BROKEN}; {RESUME}")
+    if event.kind == "plateau":
+        text = (
+            "Stop and begin again with a tenth of the learning rate; if that does not learn either, look at the "
+            "labels, the mask, and whether all weights get a gradient."
+        )
+        return Advice("lower_lr", text, SWEEP)
     if event.cause.name == "set-up":
         text = "Stop: there is nothing to go back to. Look at weights, one batch and the number format first."
         return Advice("stop", text, INVALID)

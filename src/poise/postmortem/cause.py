@@ -9,6 +9,7 @@ By kind of event:
 
     data_outlier      data outlier: one step and nothing after it; possible where not every step is in the log
     collapse          collapse: broken or repeated data make a loss that is too good
+    plateau           too-high LR, possible: a set-up that cannot learn looks alike
     logit_growth      attention logits
     nonfinite         set-up where the first logged loss is not finite; else the rules below, then precision
     chaotic           too-high LR; likely where the loss calmed down only as the rate had fallen
@@ -83,6 +84,8 @@ def _hints(
             yield _outlier(log, event)
         case "collapse":
             yield _collapse(event)
+        case "plateau":
+            yield _plateau(event, rates)
         case "logit_growth":
             yield _logit_event(event)
         case "early_transient":
@@ -91,7 +94,7 @@ def _hints(
             yield _chaotic(log, event, rates)
         case "nonfinite":
             yield _set_up(log, event)
-    if event.kind in ("grad_spike", "early_transient"):
+    if event.kind in ("grad_spike", "early_transient", "plateau"):
         return
     yield _seam(log, event, precursors)
     yield _precision(log, event, precursors)
@@ -127,6 +130,14 @@ def _collapse(event: Event) -> Hint:
     fall = f"the loss fell to {number(event.value)} where its trend was {number(event.baseline)}"
     reason = "a loss that is too good comes from data: broken, repeated, or with the answer in it"
     return "collapse", "data", "possible", (f"{fall} (from step {event.start} on)", reason)
+
+
+def _plateau(event: Event, rates: Rates | None) -> Hint:
+    share = f"{1.0 + event.rise:.0%} of where it began"
+    stays = f"the loss is at {number(event.value)} from step {event.start} on, {share}"
+    rate = f"; the learning rate is up to {number(rates.peak)}" if rates is not None else ""
+    reason = f"a learning rate far too high or far too low does that, and so do frozen weights or shuffled labels{rate}"
+    return "too-high LR", "schedule", "possible", (stays, reason)
 
 
 def _logit_event(event: Event) -> Hint:

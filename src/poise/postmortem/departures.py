@@ -1,4 +1,4 @@
-"""Longer troubles of a loss curve, with hindsight: chaos, slow divergence, level shifts, collapse.
+"""Longer troubles of a loss curve, with hindsight: chaos, slow divergence, level shifts, collapse, no learning.
 
 With s a short running median of x = ln loss (``SHORT`` steps on both sides) and b its best value so far, a departure is
 a stretch with
@@ -16,7 +16,9 @@ that lasts ``LONG`` steps, or reaches the log's end and has climbed all the whil
 
 A **level shift** below that is found where the trend steps up by itself (``spikes.offset``), clearly against the same
 measure elsewhere in the log. A **collapse** is a fall by a quarter within ``FALL`` steps, to the lowest level so far,
-twice as deep as any fall over as many steps before.
+twice as deep as any fall over as many steps before. A **plateau** is a run that does not learn: from its beginning to
+its end the loss has fallen by less than two fifths, and no more in the second half. That is about what the
+frequencies of the tokens alone give.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ SMALLEST_SHIFT: Final = math.log(1.01)
 SHIFT_NOISES: Final = 8.0
 FALL: Final = 72
 DROP: Final = -math.log(0.75)
+STUCK: Final = math.log(0.6)
+STUCK_POINTS, STUCK_STEPS = 30, 500
 KNOWN: Final = 450
 """Steps that have to be known before a fall can be called too fast: a young run falls fast."""
 
@@ -134,6 +138,21 @@ def collapses(trend: Trend, blocked: Bools) -> list[Event]:
     bottom = int(np.argmin(short[hit : hit + 4 * gap])) + hit
     level = float(np.median(trend.x[max(0, start - gap) : start + 1]))
     return [_event(trend, "collapse", "critical", start, bottom, bottom, level, "never")]
+
+
+def plateaus(trend: Trend) -> list[Event]:
+    """Return the stretch in which a run does not learn, from its beginning to the log's end."""
+    x, steps, n = trend.x, trend.steps, len(trend.x)
+    begins = steps[0] <= START or x[0] > UNTRAINED
+    if not begins or n < STUCK_POINTS or steps[-1] - steps[0] < STUCK_STEPS:
+        return []
+    third, last = float(np.median(x[n // 2 : 3 * n // 4])), float(np.median(x[3 * n // 4 :]))
+    noise = 3.0 * float(np.median(trend.sigma)) / math.sqrt(n / 4)
+    if last - x[0] < STUCK or last > x[0] + math.log(1.05) or abs(third - last) > max(math.log(1.01), noise):
+        return []
+    first = int(np.flatnonzero(running_median(x, max(2, trend.points(SHORT))) <= last + math.log(1.03))[0])
+    event = _event(trend, "plateau", "warning", first, n - 1, n - 1, float(x[0]), "never")
+    return [dataclasses.replace(event, value=math.exp(last), lasting=math.nan)]
 
 
 # -- parts ---------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def health_of(log: Log, events: Sequence[Event]) -> Health:
     if not serious:
         return "healthy"
     _, values = curve(log)
-    lost = {"nonfinite", "slow_divergence", "chaotic"}
+    lost = {"nonfinite", "slow_divergence", "chaotic", "plateau"}
     if any(event.kind in lost and event.recovery == "never" for event in serious):
         return "diverged"
     if len(values) and not np.isfinite(values[-1]):
@@ -164,7 +164,7 @@ def headline(log: Log, events: Sequence[Event], health: Health, total: Total) ->
         return f"{_capital(counts)} in {span}, {back}; {lost}."
     worst = max(
         (e for e in serious if e.recovery in ("never", "partly", "open")),
-        key=lambda e: (e.recovery == "never", e.kind in ("nonfinite", "slow_divergence", "chaotic"), e.start),
+        key=lambda e: (e.recovery == "never", e.kind in _LOST, e.start),
     )
     if health == "diverged":
         how = _LOST.get(worst.kind, "has left its trend")
@@ -178,6 +178,7 @@ _LOST = {
     "nonfinite": "is not finite",
     "slow_divergence": "climbs and does not come back",
     "chaotic": "is erratic and does not come back",
+    "plateau": "does not fall any more",
 }
 _NAMES = {
     "fast_spike": ("loss spike", "loss spikes"),
@@ -186,6 +187,7 @@ _NAMES = {
     "nonfinite": ("stretch without a finite loss", "stretches without a finite loss"),
     "chaotic": ("chaotic stretch", "chaotic stretches"),
     "collapse": ("collapse of the loss", "collapses of the loss"),
+    "plateau": ("stretch without learning", "stretches without learning"),
     "logit_growth": ("growth of attention logits", "growths of attention logits"),
     "data_outlier": ("odd batch", "odd batches"),
     "early_transient": ("transient at the start", "transients at the start"),

@@ -17,6 +17,7 @@ Kind = Literal[
     "nonfinite",
     "chaotic",
     "collapse",
+    "plateau",
     "data_outlier",
     "early_transient",
     "grad_spike",

@@ -8,6 +8,7 @@
     fast_spike       up within a few steps, and down again (``spikes.py``)
     data_outlier     one odd batch: a note (``spikes.py``)
     collapse         falling far faster than training can make it fall
+    plateau          does not learn, from the beginning to the end of the log
     grad_spike       a gradient norm far above its level without a change of the loss: a note
     logit_growth     attention logits that grow without bound, where the log has them
 
@@ -25,7 +26,7 @@ from typing import Final
 import numpy as np
 
 from poise.postmortem import spikes
-from poise.postmortem.departures import collapses, departures, shifts
+from poise.postmortem.departures import collapses, departures, plateaus, shifts
 from poise.postmortem.event import Event
 from poise.postmortem.log import Log
 from poise.postmortem.readers.names import GRAD_NORM, LOSS, VAL_LOSS
@@ -93,6 +94,8 @@ def _of_loss(steps: Ints, values: Floats) -> list[Event]:
     for event in [*shifts(trend, blocked), *collapses(trend, blocked)]:
         found.append(event)
         _block(trend, blocked, event)
+    if not any(event.kind in ("chaotic", "slow_divergence") for event in found):
+        found += plateaus(trend)
     return found
 
 

@@ -23,7 +23,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,16 @@ def _reader(source: Source) -> Any:
     return modules[scores.index(max(scores))]
 
 
+def _beginning(rows: Iterator[Item]) -> list[Item]:
+    """Take the items that hold the first ``PROBE_ROWS`` rows."""
+    first: list[Item] = []
+    count = 0
+    while count < PROBE_ROWS and (item := next(rows, None)) is not None:
+        first.append(item)
+        count += len(next(iter(item.columns.values()), ())) if isinstance(item, Block) else 1
+    return first
+
+
 class _Columns:
     """All numbers of a log by column, each with the row it came from."""
 
@@ -170,7 +180,7 @@ class _Columns:
 
     def fill(self, rows: Iterator[Item], step_column: str | None) -> None:
         """Take in all rows."""
-        first = list(islice(rows, PROBE_ROWS))
+        first = _beginning(rows)
         self.step_column = self._choose_step(first, step_column)
         name = self.step_column
         for row in chain(first, rows):
@@ -207,7 +217,7 @@ class _Columns:
         rows = np.arange(start, len(self._steps), dtype=np.uint32)
         for column, values in columns.items():
             if column != name:
-                self._column(column, 0, 0.0, (rows, values[good]))
+                self._column(column, 0, 0.0, (rows, values if good.all() else values[good]))
 
     def series(self, loss_column: str | None) -> Series:
         """Return what counts, by the names of ``Log.series``."""

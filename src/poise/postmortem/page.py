@@ -195,8 +195,9 @@ def _pictures(page: _Report, d: Diagnosis, drawn: figures.Curve, level: int) -> 
     title = "Loss" if drawn.name in ("loss", "") else plain(drawn.name).replace("_", " ")
     page.part(title, level)
     scale = ", logarithmic scale" if drawn.log else ""
+    trend = "strong: the trend" if len(drawn.trend) else "no trend, for most of the log is off any"
     page.paragraph(
-        f"By {d.log.step_unit}{scale}. Thin: every value; strong: the trend; bands and marks: events. "
+        f"By {d.log.step_unit}{scale}. Thin: every value; {trend}; bands and marks: events. "
         f"Point at a mark for what it is. {ZOOM}",
         "soft",
     )

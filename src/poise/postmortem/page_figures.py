@@ -59,7 +59,7 @@ _LOOK: Final[Mapping[str, tuple[str, bool]]] = {
 }
 """Series -> (colour, logarithmic)."""
 
-_RIGHT: Final = {"overlaying": "y", "side": "right", "showgrid": False, "anchor": "x2", "tickmode": "auto"}
+_RIGHT: Final = {"overlaying": "y", "side": "right", "showgrid": False, "anchor": "x2"}
 _TITLES: Final = {
     LOSS: "Loss",
     GRAD_NORM: "Gradient norm",

@@ -47,9 +47,9 @@ class Todo:
 
 def todos(events: Iterable[Event]) -> list[Todo]:
     """Return each piece of advice once; of the events that need a reaction, the worst first."""
-    groups: dict[str, list[Event]] = {}
+    groups: dict[tuple[str, str], list[Event]] = {}
     for event in worst_first(e for e in events if e.severity != "note" and e.advice.text):
-        groups.setdefault(event.advice.action, []).append(event)
+        groups.setdefault((event.advice.action, event.advice.source), []).append(event)
     return [Todo(group[0].advice, tuple(sorted(group, key=lambda e: e.start))) for group in groups.values()]
 
 
@@ -83,7 +83,8 @@ def span_text(event: Event) -> str:
 
 def peak_text(event: Event) -> str:
     """Return the reading at the peak and how far above the trend that is, e.g. ``3.90 (+31 %)``."""
-    name = "" if event.signal == "loss" else f"{event.signal.replace('_', ' ')} "
+    name = event.signal.replace("_", " ")
+    name = "" if name == "loss" else f"{name if len(name) <= 24 else name[:21] + '...'} "
     if not math.isfinite(event.value):
         return f"{name}{number(event.value)}"
     return f"{name}{number(event.value)}" + (f" ({rise_text(event.rise)})" if math.isfinite(event.rise) else "")

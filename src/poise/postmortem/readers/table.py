@@ -142,15 +142,14 @@ def _with_header(lines: Sequence[str], delimiter: str) -> Layout | None:
         if not below or 2 * len(rows) < len(below):
             continue
         looked += len(cells) * len(rows)
-        names = tuple(_unique(cells))
         steps = _numeric(cells, rows, delimiter, STEP)
         losses = _numeric(cells, rows, delimiter, LOSS)
         if [cells[i].lower() for i in losses] == ["value"] and not steps:
             losses = []  # a list of settings
         if steps or losses:
-            return Layout(delimiter, names, line, 0.7 if losses else 0.4)
+            return Layout(delimiter, tuple(_unique(cells)), line, 0.7 if losses else 0.4)
         if weak is None and len(cells) > 1 and 10 * len(rows) >= 9 * len(below) and _is_table(cells, rows, delimiter):
-            weak = Layout(delimiter, names, line, 0.3)
+            weak = Layout(delimiter, tuple(_unique(cells)), line, 0.3)
     return weak
 
 
@@ -220,8 +219,10 @@ def _is_header(cells: Sequence[str]) -> bool:
 
 def _unique(cells: Sequence[str]) -> list[str]:
     """Return the header's names; a nameless column is called by its number, a repeated name gets one too."""
-    names: list[str] = []
+    names: dict[str, None] = {}
     for i, cell in enumerate(cells, 1):
         name = cell or f"column_{i}"
-        names.append(name if name not in names else f"{name}_{i}")
-    return names
+        while name in names:
+            name = f"{name}_{i}"
+        names[name] = None
+    return list(names)

@@ -18,6 +18,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -90,10 +91,10 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Records with their values in the same places: what stands between these -> tag, place and form of each value."""
+    """Records with their values in the same places: what stands between these -> the tags, and how to unpack them."""
 
     between: tuple[tuple[int, int], ...]
-    kinds: dict[bytes, list[Place]] = field(default_factory=dict)
+    kinds: dict[bytes, tuple[tuple[int, ...], struct.Struct]] = field(default_factory=dict)
 
 
 class _Events:
@@ -180,7 +181,7 @@ class _Parser:
             records = records[order]
             steps = np.append(steps, np.array(their_steps, dtype=np.int64))[order]
             tags = np.append(tags, np.array(their_tags, dtype=np.int64))[order]
-            values = np.append(values, np.array(their_values))[order]
+            values = np.append(values, np.array(their_values, dtype=np.float64))[order]
         begin, start = 0, None
         for record, step in marks:
             end = int(np.searchsorted(records, record))
@@ -208,8 +209,7 @@ class _Parser:
             for layout in self._layouts.get(len(rest), ()):
                 known = layout.kinds.get(b"".join([rest[a:b] for a, b in layout.between]))
                 if known is not None:
-                    for tag, at, form in known:
-                        late.append((i, step, tag, float(form.unpack_from(rest, at)[0])))
+                    late.extend(zip(repeat(i), repeat(step), known[0], known[1].unpack(rest), strict=False))
                     return
         try:
             event = summary.event(payload, self._plugins)
@@ -258,7 +258,9 @@ class _Parser:
                 return
             layout = _Layout(between)
             layouts.append(layout)
-        layout.kinds[b"".join([rest[a:b] for a, b in between])] = places
+        pattern = "".join(f"{b - a}x{form.format[1:]}" for (a, b), (_, _, form) in zip(between, places, strict=False))
+        all_at_once = struct.Struct(f"<{pattern}{len(rest) - edges[-2]}x")
+        layout.kinds[b"".join([rest[a:b] for a, b in between])] = tuple(tag for tag, _, _ in places), all_at_once
 
     def _setting(self, tag: str, text: str) -> None:
         """Keep a text that states settings: one value, or a JSON object of them."""

@@ -90,7 +90,7 @@ def _records(file: IO[bytes], source: Source) -> Iterator[bytes]:
             if not good or (kind in (MIDDLE, LAST)) != (pending is not None):
                 if not lost:
                     source.notes.add(_DAMAGED)
-                lost = True
+                lost, pending = True, None
                 if not good or kind in (MIDDLE, LAST):
                     continue
             if kind == FULL:
