@@ -27,6 +27,7 @@ LOOK_AT = 200
 BELOW = 20
 """Lines below a header that have to look like its rows."""
 
+LONGEST_NAME = 300
 MOST_CELLS = 200_000
 """Cells looked at below lines that could be headers, before the search is given up."""
 
@@ -168,7 +169,7 @@ def _numeric(cells: Sequence[str], rows: Sequence[Sequence[str]], delimiter: str
     """Return the columns whose name has this meaning and which are numbers, or empty, in the rows below."""
     out = []
     for i, cell in enumerate(cells):
-        if rank(meaning, cell) is not None:
+        if len(cell) <= LONGEST_NAME and rank(meaning, cell) is not None:
             given = [row[i] for row in rows if not is_absent(row[i])]
             numbers = sum(_cell(value, delimiter) is not None for value in given)
             if numbers and 2 * numbers >= len(given):
@@ -214,7 +215,9 @@ def _cell(cell: str, delimiter: str) -> float | None:
 
 def _is_header(cells: Sequence[str]) -> bool:
     """Return whether a line in the middle holds names, the loss among them, and no number."""
-    return any(rank(LOSS, cell) is not None for cell in cells) and all(number(cell) is None for cell in cells)
+    return any(len(cell) <= LONGEST_NAME and rank(LOSS, cell) is not None for cell in cells) and all(
+        number(cell) is None for cell in cells
+    )
 
 
 def _unique(cells: Sequence[str]) -> list[str]:
