@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from poise.core.errors import UserError, nearest
 from poise.postmortem import units
+from poise.postmortem.folders import members
 from poise.postmortem.readers import READERS
 from poise.postmortem.readers.names import FURTHER, GRAD_NORM, LOSS, LR, ROW, STEP, TOKENS, VAL_LOSS, choose, words
 from poise.postmortem.readers.source import Block, Item, Notes, Restarted, Rewound, Source
@@ -81,17 +82,18 @@ class Log:
 
 
 def read_log(path: str | Path, *, step_column: str | None = None, loss_column: str | None = None) -> Log:
-    """Read a log: CSV or TSV, JSON lines, a poise run folder or journal; each also as .gz, .bz2 or .xz.
+    """Read a log of any format of ``readers``, recognised by its content; also as .gz, .bz2 or .xz.
 
     Args:
-        path: the file, or the run folder.
+        path: the file, or a folder with one (``folders.members``): a run of poise, event files, a trainer's output.
         step_column, loss_column: the log's own names, where they cannot be guessed.
 
     Raises:
         UserError: no such file, an empty one, one of no known format, or one without a loss.
     """
-    file = _find(Path(path))
-    source = Source(file)
+    files = _find(Path(path))
+    file = files[0]
+    source = Source(file, files)
     if not source.head:
         raise UserError(f"'{file}' is empty; name a log with at least one step in it")
     reader = _reader(source)
@@ -100,7 +102,7 @@ def read_log(path: str | Path, *, step_column: str | None = None, loss_column: s
     series = columns.series(loss_column)
     return Log(
         file,
-        trace_name(file),
+        trace_name(Path(path)),
         reader.FORMAT,
         series,
         source.notes.texts(),
@@ -112,29 +114,30 @@ def read_log(path: str | Path, *, step_column: str | None = None, loss_column: s
 
 
 def trace_name(path: Path) -> str:
-    """Return what a log is called in tables: the file's name without extension, for a journal its folder's name.
+    """Return what a log is called in tables: a folder's name, the file's without extension, a journal's folder's.
 
     >>> trace_name(Path("logs/run_lr1e-3.5.csv.gz")), trace_name(Path("runs/nano/journal.jsonl"))
     ('run_lr1e-3.5', 'nano')
     """
+    if path.is_dir():
+        return path.resolve().name or str(path)
     if path.name == "journal.jsonl" and path.resolve().parent.name:
         return path.resolve().parent.name
     name = re.sub(r"\.(gz|bz2|xz)$", "", path.name)
     return re.sub(r"(?<=.)\.[A-Za-z][A-Za-z0-9]*$", "", name)
 
 
-def _find(path: Path) -> Path:
+def _find(path: Path) -> list[Path]:
+    """Return the files that the log consists of, in order: one, but for a folder of event files."""
     if path.is_dir():
-        if (path / "journal.jsonl").is_file():
-            return path / "journal.jsonl"
-        raise UserError(f"folder '{path}' has no journal.jsonl, so it is no run of poise; name a log file in it")
+        return members(path)
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
         raise UserError(f"no log '{path}'" + (f", did you mean '{close[0]}'?" if close else ""))
     if not path.is_file():
         raise UserError(f"'{path}' is a pipe or a device, and a log is read twice; write it to a file first")
-    return path
+    return [path]
 
 
 def _reader(source: Source) -> Any:
@@ -225,6 +228,8 @@ class _Columns:
         steps = np.frombuffer(self._steps, dtype=np.int64) if self._steps else np.empty(0, dtype=np.int64)
         loss_rows = self._rows(next((raw for raw, name in names.items() if name == LOSS), ""))
         stray = _stray(steps[loss_rows])
+        seams = [*self._restarted, *(math.ceil(at) for at, _ in self._marks)]
+        stray[[i for i in np.searchsorted(loss_rows, seams) if i < len(stray)]] = False  # went back, and says so
         gone = set(loss_rows[stray].tolist())
         if gone:
             shown = ", ".join(str(step) for step in steps[loss_rows[stray]][:3])
@@ -333,7 +338,7 @@ class _Columns:
         self._note_seams(to)
         if self._marks:
             marks = np.array([at for at, _ in self._marks])
-            self._notes.add(f"the journal went back {len(marks)} times; the later branch counts")
+            self._notes.add(f"the log went back {len(marks)} times; the later branch counts")
             at = np.concatenate([at, marks])
             to = np.concatenate([to, np.array([to for _, to in self._marks], dtype=np.int64)])
             order = np.argsort(at, kind="stable")

@@ -44,10 +44,15 @@ def sniff(source: Source) -> float:
         return 0.98
     found = 0
     for line in source.head_lines:
-        found += _STEP.match(line) is not None or _MAIN.match(line) is not None
+        found += _is_step(line) or _MAIN.match(line) is not None
         if found == 2:
             return 0.9
     return 0.6 * found
+
+
+def _is_step(line: str) -> bool:
+    """Return whether only llm.c writes so: a z-score behind the loss, or the time behind its ``train loss``."""
+    return _STEP.match(line) is not None and ("z)" in line or ("train loss" in line and " ms" in line))
 
 
 def read(source: Source) -> Iterator[Item]:

@@ -357,7 +357,7 @@ def is_told(at: Sequence[int], lines: Sequence[str]) -> bool:
     if not at:
         return False
     after = lines[at[0] : LOOK_AT]
-    code = sum(_CODE.match(line) is not None for line in after)
+    code = sum(2 if line.startswith("```") else 1 for line in after if _CODE.match(line))
     return (len(at) >= 10 or 20 * len(at) >= len(after)) and not (code >= 2 and 10 * code >= len(at))
 
 

@@ -28,7 +28,7 @@ BELOW = 20
 """Lines below a header that have to look like its rows."""
 
 LONGEST_NAME = 300
-MOST_CELLS = 200_000
+MOST_CELLS = 100_000
 """Cells looked at below lines that could be headers, before the search is given up."""
 
 _RANK = re.compile(r"(?:\[(?:rank|default)?\s?\d{1,6}\]:?|(?:rank\s?)?\d{1,6}:)[ \t]{1,8}(?=\S)", re.IGNORECASE)
