@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.ranks import Ranks
 
 TINY: dict[str, Any] = {
     "model": {"n_layers": 2, "d_model": 32, "n_heads": 2, "methods": ["qk_norm", "z_loss"]},
@@ -62,3 +66,12 @@ def straight(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("straight") / "run"
     assert train(load("nano", tiny), folder).reason == "finished"
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """Two processes of one gloo group, for all tests of this pytest process."""
+    from tests.ranks import Ranks
+
+    with Ranks(2) as ranks:
+        yield ranks

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, multiprocessing, nn
+from tests.ranks import Ranks
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -321,10 +318,7 @@ def test_the_watch_has_them_too(how: str) -> None:
 # -- over ranks -------------------------------------------------------------------------------------------------
 
 
-def rank_main(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
+def rank_main(rank: int) -> str:
     mesh = init_device_mesh("cpu", (2,))
     expected = by_hand(Net().double(), ids_of(4))
     own = ids_of(4)[2 * rank : 2 * rank + 2]
@@ -348,17 +342,13 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     found = one_rank_only.readings()
     assert sorted(found) == sorted(n for n in expected if "weight" in n and ("head" in n or "block.0" in n)), found
     close(found, {name: expected[name] for name in found}, 1e-6)
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    distributed.destroy_process_group()
+    return json.dumps(found)
 
 
 @pytest.mark.dist
-def test_two_processes_read_what_one_reads(tmp_path: Path) -> None:
-    with socket.socket() as probing:
-        probing.bind(("127.0.0.1", 0))
-        port = probing.getsockname()[1]
-    multiprocessing.spawn(rank_main, (port, str(tmp_path)), nprocs=2)
-    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
+def test_two_processes_read_what_one_reads(two_ranks: Ranks) -> None:
+    first, second = two_ranks.run(rank_main)
+    assert first == second
 
 
 def test_what_has_no_linear_layers_and_what_is_no_module(caplog: pytest.LogCaptureFixture) -> None:

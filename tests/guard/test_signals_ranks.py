@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-from datetime import timedelta
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from tests.ranks import Ranks
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -80,16 +77,11 @@ def fails(tracker: Tracker, text: str, step: int, token: int) -> None:
         raise AssertionError("ranks that disagree went on")
 
 
-def one_rank(rank: int, size: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    whole_net = Net()
-    _, alone = run(whole_net, whole_net, list(range(size)))
-    distributed.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=40))
-    counted = count_collectives()
-
+def one_rank(rank: int, size: int, alone: list[Signals], expected: dict[str, float]) -> list[str]:
     net = Net()
-    data_parallel, whole = run(DistributedDataParallel(net), net, [rank])
+    with pytest.MonkeyPatch.context() as patch:
+        counted = count_collectives(patch)
+        data_parallel, whole = run(DistributedDataParallel(net), net, [rank])
     assert counted == {"all_gather": STEPS, "all_gather_object": 1}, counted
     sharded_net = Net()
     if size == 2:
@@ -106,7 +98,6 @@ def one_rank(rank: int, size: int, port: int, out: str) -> None:
         step = reference.step
         prints = [int(fingerprint(ids_of(step, other))) for other in range(size)]
         assert one.extra["fingerprint"] == two.extra["fingerprint"] == combine_ints(prints)
-    expected = {name: float(value) for name, value in weight_readings(whole_net).items()}
     for model in (net, sharded_net):
         found = {name: float(value) for name, value in weight_readings(model).items()}
         assert all(math.isclose(found[name], expected[name], rel_tol=1e-3) for name in expected), (found, expected)
@@ -130,14 +121,10 @@ def one_rank(rank: int, size: int, port: int, out: str) -> None:
 
     fails(data_parallel, f"step {STEPS + 2}: the ranks decided differently", STEPS + 2, 5 + (rank == 0))
     fails(data_parallel, "the ranks are at different steps (rank 0: 9, rank 1: 10", 9 + rank, 5)
-    record = [repr((one.loss, one.grad_norm, sorted(one.extra.items()))) for one in (*whole, *parts, bad, lost)]
-    Path(out, f"{rank}.json").write_text(json.dumps(record))
-    distributed.barrier()
-    distributed.destroy_process_group()
-    os._exit(0)  # threads of a process group that is gone can abort the interpreter's teardown
+    return [repr((one.loss, one.grad_norm, sorted(one.extra.items()))) for one in (*whole, *parts, bad, lost)]
 
 
-def count_collectives() -> dict[str, int]:
+def count_collectives(patch: pytest.MonkeyPatch) -> dict[str, int]:
     """Count what the readings say to other ranks. (What DDP and FSDP say goes other ways.)"""
     counted: dict[str, int] = {}
     for name in ("all_gather", "all_gather_object"):
@@ -147,15 +134,15 @@ def count_collectives() -> dict[str, int]:
             counted[name] = counted.get(name, 0) + 1
             return original(*arguments)
 
-        setattr(distributed, name, call)
+        patch.setattr(distributed, name, call)
     return counted
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_read_the_same(size: int, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_rank, (size, port, str(tmp_path)), nprocs=size)
-    records = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
+def test_ranks_read_the_same(size: int, two_ranks: Ranks) -> None:
+    whole_net = Net()
+    _, alone = run(whole_net, whole_net, list(range(size)))
+    expected = {name: float(value) for name, value in weight_readings(whole_net).items()}
+    with nullcontext(two_ranks) if size == 2 else Ranks(size) as ranks:
+        records = ranks.run(one_rank, size, alone, expected)
     assert all(record == records[0] for record in records) and len(records[0]) == 2 * STEPS + 2

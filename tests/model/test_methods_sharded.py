@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from tests.model.test_method_pairs import SMALL, WORDS
-from torch import Tensor, distributed, multiprocessing
+from tests.ranks import Ranks
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from poise.hardware import sharding
@@ -38,10 +37,7 @@ def step(name: str, rank: int | None) -> dict[str, Tensor]:
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in found.items()}
 
 
-def process(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
+def process(rank: int, folder: str) -> None:
     found = {}
     for name in METHODS:
         try:
@@ -50,14 +46,10 @@ def process(rank: int, port: int, folder: str) -> None:
             found[name] = {"failed": repr(error)}
             break
     torch.save(found, Path(folder) / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(process, (port, str(tmp_path)), nprocs=2)
+def test_two_processes_compute_what_one_does(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(process, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name in METHODS:
         alone = step(name, None)

@@ -6,23 +6,20 @@ import copy
 import importlib
 import io
 import math
-import os
 import pickle
-import socket
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, distributed, multiprocessing, nn
+from tests.ranks import Ranks
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
@@ -591,10 +588,7 @@ def test_a_class_that_is_not_there() -> None:
 # Sharded weights.
 
 
-def one_rank(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def one_rank(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     links = (ClipGlobalNorm(0.5), Damp(), Slow(), Cap(0.8))
     whole = fresh()
@@ -612,19 +606,11 @@ def one_rank(rank: int, port: int, out: str) -> None:
     for p, value in zip(params, wanted, strict=True):
         assert isinstance(p, DTensor)
         assert torch.allclose(p.full_tensor(), value, rtol=1e-5, atol=1e-6)
-    Path(out, f"done-{rank}").touch()
-    distributed.barrier()
-    distributed.destroy_process_group()
-    os._exit(0)  # threads of a process group that is gone can abort the interpreter's teardown
 
 
 @pytest.mark.dist
-def test_sharded_equals_whole(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["done-0", "done-1"]
+def test_sharded_equals_whole(two_ranks: Ranks) -> None:
+    two_ranks.run(one_rank)
 
 
 def test_a_chain_and_an_adapted_rule_agree() -> None:

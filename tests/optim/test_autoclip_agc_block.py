@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from tests.ranks import Ranks
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -250,10 +247,7 @@ def test_refuses(link: Any, options: dict[str, Any], value: str) -> None:
         link(**options)
 
 
-def one_rank(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+def one_rank(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     expected = shape(stream(10), AGC())
     for dim in (0, 1):  # rows on one rank; rows split over both, whose norms have to be put together
@@ -263,16 +257,8 @@ def one_rank(rank: int, port: int, out: str) -> None:
             p.grad = distribute_tensor(torch.tensor(step[0]), mesh, [Shard(dim)])
             shaper.step()
             np.testing.assert_allclose(p.grad.full_tensor().numpy(), whole[0], rtol=1e-12)
-    Path(out, f"done-{rank}").touch()
-    distributed.barrier()
-    distributed.destroy_process_group()
-    os._exit(0)  # threads of a process group that is gone can abort the interpreter's teardown
 
 
 @pytest.mark.dist
-def test_agc_on_sharded_rows_equals_whole_ones(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["done-0", "done-1"]
+def test_agc_on_sharded_rows_equals_whole_ones(two_ranks: Ranks) -> None:
+    two_ranks.run(one_rank)

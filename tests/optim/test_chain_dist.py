@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from tests.ranks import Ranks
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -39,10 +36,7 @@ def whole_run() -> list[torch.Tensor]:
     return [p.detach() for p in params]
 
 
-def one_rank(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+def one_rank(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for path in ("auto", "plain", "fused"):
         # the last tensor stays whole: a model may have both kinds
@@ -65,19 +59,11 @@ def one_rank(rank: int, port: int, out: str) -> None:
         for p, old, reference in zip(params, before, whole_run(), strict=True):
             assert torch.equal(full(p), old)
             assert torch.allclose(full(p), reference, rtol=1e-5, atol=1e-7)
-    Path(out, f"done-{rank}").touch()
-    distributed.barrier()
-    distributed.destroy_process_group()
-    os._exit(0)  # threads of a process group that is gone can abort the interpreter's teardown
 
 
 def full(p: torch.Tensor) -> torch.Tensor:
     return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
 
 
-def test_sharded_equals_whole(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["done-0", "done-1"]
+def test_sharded_equals_whole(two_ranks: Ranks) -> None:
+    two_ranks.run(one_rank)

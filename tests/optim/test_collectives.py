@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import socket
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.optim.test_every_optimizer import EVERY, set_gradients
-from torch import Tensor, distributed, multiprocessing, nn
+from tests.ranks import Ranks
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -152,21 +149,10 @@ def compare_all() -> None:
             assert not torch.equal(found, start[key]), (name, key)
 
 
-def one_rank(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+def one_rank(rank: int) -> None:
     count_collectives()
     compare_all()
-    Path(out, f"done-{rank}").touch()
-    distributed.barrier()
-    distributed.destroy_process_group()
-    os._exit(0)  # threads of a process group that is gone can abort the interpreter's teardown
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["done-0", "done-1"]
+def test_two_processes(two_ranks: Ranks) -> None:
+    two_ranks.run(one_rank)

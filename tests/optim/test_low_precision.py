@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import socket
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, distributed, multiprocessing, nn
+from tests.ranks import Ranks
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -283,10 +280,7 @@ def test_bad_settings_are_refused(make: object, value: str) -> None:
         make()  # type: ignore[operator]
 
 
-def one_rank(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+def one_rank(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     # (5,) is cut unevenly, (3, 2, 2) along its second dimension; the last run has the same tensors on both ranks
     ways = [[[Shard(0)], [Shard(0)], [Shard(1)]], [[Replicate()]] * 3]
@@ -309,17 +303,9 @@ def one_rank(rank: int, port: int, out: str) -> None:
             for p in params:
                 assert isinstance(optimizer.state[p]["exp_avg"], DTensor)
                 assert optimizer.state[p]["exp_avg"].placements == p.placements
-    Path(out, f"done-{rank}").touch()
-    distributed.barrier()
-    distributed.destroy_process_group()
-    os._exit(0)  # threads of a process group that is gone can abort the interpreter's teardown
 
 
 @pytest.mark.dist
-def test_sharded_equals_whole_in_every_bit(tmp_path: Path) -> None:
+def test_sharded_equals_whole_in_every_bit(two_ranks: Ranks) -> None:
     """Random bits belong to elements: two ranks, cut this way or that or not at all, give what one gives."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["done-0", "done-1"]
+    two_ranks.run(one_rank)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import socket
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from tests.ranks import Ranks
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -547,10 +544,7 @@ def run_sharded(rule: LinkBase, numbers: list[int], dim: int) -> list[Tensor]:
     return [p.detach().full_tensor() for p in params]
 
 
-def one_rank(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def one_rank(rank: int) -> None:
     for name, make in RULES.items():
         numbers = [0, 1] if "muon" in name else [0, 1, 2, 3]
         wanted = run_whole(make(), numbers)
@@ -558,16 +552,8 @@ def one_rank(rank: int, port: int, out: str) -> None:
             for got, whole in zip(run_sharded(make(), numbers, dim), wanted, strict=True):
                 gap = float((got - whole).abs().max() / whole.abs().max())
                 assert gap <= 1e-6, f"{name}, Shard({dim}): {gap}"
-    Path(out, f"done-{rank}").touch()
-    distributed.barrier()
-    distributed.destroy_process_group()
-    os._exit(0)  # threads of a process group that is gone can abort the interpreter's teardown
 
 
 @pytest.mark.dist
-def test_sharded_equals_whole(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["done-0", "done-1"]
+def test_sharded_equals_whole(two_ranks: Ranks) -> None:
+    two_ranks.run(one_rank)

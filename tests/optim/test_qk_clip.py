@@ -6,12 +6,7 @@ Shapes: B batch, T positions, D model width, H heads, G key heads, K head width,
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -375,56 +370,28 @@ def test_bad_descriptions(make: Callable[[], object], message: str) -> None:
         make()
 
 
-RANK = """
-import sys
-import torch
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from poise.optim.chain import Chain
-from poise.optim.rules.adamw import AdamWRule
-from poise.optim.weights.qk_clip import HeadRows, MaxLogits, QKClip, QKLayer
-
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-whole = torch.arange(1.0, 12 * 3 + 1).view(12, 3)
-for placement in (Shard(0), Shard(1), Replicate()):
-    weight = torch.nn.Parameter(distribute_tensor(whole.clone(), mesh, [placement]))
-    layer = QKLayer("a", (HeadRows.even(weight, 2, 2),), (HeadRows.even(weight, 1, 2, first=4),))
-    seen = MaxLogits(distributed.group.WORLD)
-    seen.add("a", torch.tensor([400.0, 50.0] if rank else [10.0, 200.0]))
-    optimizer = torch.optim.SGD([weight], lr=0.0)
-    QKClip([layer], seen.take).attach(optimizer)
-    optimizer.step()
-    factor = torch.ones(12)
-    factor[0:2], factor[2:4], factor[4:6] = 0.25 / 0.5**0.5, 0.5**0.5, 0.5**0.5
-    got = weight.full_tensor().detach()
-    assert torch.allclose(got, whole * factor[:, None], rtol=1e-6), (placement, got)
-    assert torch.equal(got[6:], whole[6:])
-    assert list(weight.placements) == [placement]
-distributed.destroy_process_group()
-print("fine")
-"""
+def one_rank(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.arange(1.0, 12 * 3 + 1).view(12, 3)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        weight = nn.Parameter(distribute_tensor(whole.clone(), mesh, [placement]))
+        layer = QKLayer("a", (HeadRows.even(weight, 2, 2),), (HeadRows.even(weight, 1, 2, first=4),))
+        seen = MaxLogits(distributed.group.WORLD)
+        seen.add("a", torch.tensor([400.0, 50.0] if rank else [10.0, 200.0]))
+        optimizer = torch.optim.SGD([weight], lr=0.0)
+        QKClip([layer], seen.take).attach(optimizer)
+        optimizer.step()
+        factor = torch.ones(12)
+        factor[0:2], factor[2:4], factor[4:6] = 0.25 / 0.5**0.5, 0.5**0.5, 0.5**0.5
+        got = weight.full_tensor().detach()
+        assert torch.allclose(got, whole * factor[:, None], rtol=1e-6), (placement, got)
+        assert torch.equal(got[6:], whole[6:])
+        assert list(weight.placements) == [placement]
 
 
 @pytest.mark.dist
-def test_sharded_weights_and_the_largest_logit_of_all_ranks(tmp_path: Path) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), address], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+def test_sharded_weights_and_the_largest_logit_of_all_ranks(two_ranks: Ranks) -> None:
+    two_ranks.run(one_rank)
 
 
 def test_scale_heads_stands_alone() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from tests.ranks import Ranks
+from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -79,10 +77,7 @@ def make(kind: str) -> tuple[Net, Chain]:
     return net, Chain(net.named_parameters(), *CHAINS[kind], lr=0.01)
 
 
-def one_rank(rank: int, world: int, part: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+def one_rank(rank: int, world: int, part: int, folder: str) -> None:
     for kind in CHAINS:
         net, _ = make(kind)
         fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
@@ -99,18 +94,13 @@ def one_rank(rank: int, world: int, part: int, port: int, folder: str) -> None:
             whole = {name: p.full_tensor() for name, p in net.named_parameters()}
             if rank == 0:
                 torch.save(whole, f"{folder}/{kind}.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
-    os._exit(0)  # threads of a process group that is gone can abort the interpreter's teardown
 
 
 @pytest.mark.slow
 def test_two_one_four(tmp_path: Path) -> None:
     for part, world in enumerate(WORLDS):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        multiprocessing.spawn(one_rank, (world, part, port, str(tmp_path)), nprocs=world)
+        with Ranks(world) as ranks:
+            ranks.run(one_rank, world, part, str(tmp_path))
     for kind in CHAINS:
         net, chain = make(kind)
         for part in range(len(WORLDS)):

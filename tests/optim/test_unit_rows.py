@@ -5,12 +5,7 @@ Shapes: O rows, D columns.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,53 +112,24 @@ def test_bad_descriptions(make: Callable[[], object], message: str) -> None:
         make()
 
 
-RANK = """
-import sys
-import torch
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from poise.optim.weights.unit_rows import UnitRows
-
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-for rows in (1, 5):  # one row: the second rank has nothing of it
-    whole = torch.arange(1.0, rows * 3 + 1).view(rows, 3)
-    weights, wanted = [], []
-    for placement in (Shard(0), Shard(1), Replicate()):
-        for dim in (0, 1):
-            weights.append((torch.nn.Parameter(distribute_tensor(whole.clone(), mesh, [placement])), dim))
-            wanted.append(whole / whole.norm(dim=dim, keepdim=True))
-    optimizer = torch.optim.SGD([weight for weight, _ in weights], lr=0.0)
-    UnitRows(weights).attach(optimizer, now=False)
-    for weight, _ in weights:
-        weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    for (weight, dim), expected in zip(weights, wanted):
-        assert torch.allclose(weight.full_tensor().detach(), expected, rtol=1e-6), (weight.placements, dim)
-distributed.destroy_process_group()
-print("fine")
-"""
+def one_rank(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for rows in (1, 5):  # one row: the second rank has nothing of it
+        whole = torch.arange(1.0, rows * 3 + 1).view(rows, 3)
+        weights, wanted = [], []
+        for placement in (Shard(0), Shard(1), Replicate()):
+            for dim in (0, 1):
+                weights.append((torch.nn.Parameter(distribute_tensor(whole.clone(), mesh, [placement])), dim))
+                wanted.append(whole / whole.norm(dim=dim, keepdim=True))
+        optimizer = torch.optim.SGD([weight for weight, _ in weights], lr=0.0)
+        UnitRows(weights).attach(optimizer, now=False)
+        for weight, _ in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        for (weight, dim), expected in zip(weights, wanted):
+            assert torch.allclose(weight.full_tensor().detach(), expected, rtol=1e-6), (weight.placements, dim)
 
 
 @pytest.mark.dist
-def test_sharded_rows_and_columns(tmp_path: Path) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), address],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0 and "fine" in out, err
+def test_sharded_rows_and_columns(two_ranks: Ranks) -> None:
+    two_ranks.run(one_rank)

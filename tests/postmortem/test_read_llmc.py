@@ -128,6 +128,8 @@ def test_source_code_is_no_log(tmp_path: Path) -> None:
         'fprintf(logfile, "s:%d trl:%.4f lr:%.6f norm:%.2f\\n", step, loss, lr, norm);\n'
     )
     assert llmc.sniff(Source(path)) == 0.0
+    path.write_text("".join(f"step {n}: loss {5 - n}\nstep {n} | train loss {5 - n}\n" for n in range(4)))
+    assert llmc.sniff(Source(path)) == 0.0  # anybody's
 
 
 @pytest.mark.skipif(not LOGS.is_dir(), reason="the real logs are not on this machine")

@@ -376,8 +376,10 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "losses.csv").write_text("step,loss\n1,2\n")
     with pytest.raises(UserError, match=r"no log .*did you mean 'losses.csv'"):
         read_log(tmp_path / "losse.csv")
-    with pytest.raises(UserError, match=r"has no journal.jsonl"):
-        read_log(tmp_path)
+    assert read_log(tmp_path).path.name == "losses.csv"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        read_log(tmp_path / "empty")
     with pytest.raises(UserError, match="pipe or a device"):
         read_log("/dev/null")
 

@@ -30,7 +30,8 @@ def points(log: Log, name: str) -> dict[int, float]:
 
 def core(step: int, loss: object, before: str = STAMP, pad: str = "    ", eta: str = ",eta=3h4m") -> str:
     return (
-        f"{before}[step={step}/1000,epoch=1{eta}]\n{pad}optim/LR (group 0)=3.000E-04\n{pad}optim/total grad norm=0.4120\n"
+        f"{before}[step={step}/1000,epoch=1{eta}]\n{pad}optim/LR (group 0)=3.000E-04\n"
+        f"{pad}optim/total grad norm=0.4120\n"
         f"{pad}train/CE loss={loss}\n{pad}train/PPL=8,123\n{pad}throughput/total tokens=4.194B\n"
         f"{pad}train/block 03/load imbalance=1.05\n"
     )
@@ -38,8 +39,9 @@ def core(step: int, loss: object, before: str = STAMP, pad: str = "    ", eta: s
 
 def evaluation(name: str, step: int, loss: float) -> str:
     return (
-        f"{STAMP}Running {name} evals...\n{STAMP}[eval={name},step={step}/9]\n{STAMP}Finished {name} evals in 3.1 seconds. "
-        f"Metrics:\n    c4-validation/CE loss={loss}\n    c4-validation/PPL=27.0\n    books-validation/CE loss=9.9\n"
+        f"{STAMP}Running {name} evals...\n{STAMP}[eval={name},step={step}/9]\n"
+        f"{STAMP}Finished {name} evals in 3.1 seconds. Metrics:\n"
+        f"    c4-validation/CE loss={loss}\n    c4-validation/PPL=27.0\n    books-validation/CE loss=9.9\n"
     )
 
 
@@ -64,7 +66,8 @@ def test_olmo_core(tmp_path: Path) -> None:
 
 def test_olmo_before(tmp_path: Path) -> None:
     text = "".join(
-        f"[2024-04-17 09:42:26] INFO     [olmo.train:816, rank=0] [step={s}/739328]\n    train/CrossEntropyLoss={11 - s}\n"
+        f"[2024-04-17 09:42:26] INFO     [olmo.train:816, rank=0] [step={s}/739328]\n"
+        f"    train/CrossEntropyLoss={11 - s}\n"
         f"    train/Perplexity=76,631\n    throughput/total_tokens=4,194,304\n    System/Peak GPU Memory (MB)=42,133\n"
         for s in range(1, 6)
     )

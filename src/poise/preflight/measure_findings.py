@@ -11,7 +11,6 @@ MEASURED: Final[Mapping[str, tuple[str, Severity]]] = {
     "measured-start-nonfinite": ("the start is no number", "critical"),
     "measured-start-loss": ("the loss starts above that of knowing nothing", "warning"),
     "measured-start-attention": ("attention starts almost one-hot", "warning"),
-    "measured-start-branch": ("branches start far larger than the stream they are added to", "note"),
     "measured-gradient-profile": ("gradients differ widely between early and late blocks", "warning"),
     "measured-gradient-zero": ("blocks without a gradient", "warning"),
     "measured-widths": ("activations do not keep their size as the model grows wider", "warning"),
