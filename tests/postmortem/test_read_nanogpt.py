@@ -136,8 +136,8 @@ def test_nanochat(tmp_path: Path) -> None:
     text = (
         "Total batch size 524,288 => gradient accumulation steps: 1\nStep 00000 | Validation bpb: 3.2282\n"
         + "".join(
-            f"step {i:05d}/00200 ({i / 2:.2f}%) | loss: {9 - i / 100:.6f} | grad norm: 1.{i:02d} | lrm: 1.00 | dt: 500.00ms | "
-            f"tok/sec: 1,048,576 | mfu: 12.34 | total time: 0.00m\n"
+            f"step {i:05d}/00200 ({i / 2:.2f}%) | loss: {9 - i / 100:.6f} | grad norm: 1.{i:02d} | lrm: 1.00 | "
+            f"dt: 500.00ms | tok/sec: 1,048,576 | mfu: 12.34 | total time: 0.00m\n"
             for i in range(30)
         )
     )

@@ -303,7 +303,6 @@ def test_csv_export(tmp_path: Path) -> None:
     assert values[0] == 7.5 and math.isnan(values[1]) and values[2] == 2.25 and values[3] == math.inf
 
 
-@pytest.mark.xfail(strict=True, reason="names.py takes 'a - _step' for the surest name of a step")
 def test_csv_export_over_the_users_own_step(tmp_path: Path) -> None:
     text = '"train/global_step","a - _step","a - _step__MIN","a - _step__MAX","a - train/loss","a - train/loss__MIN"\n'
     for step, cells in ((10, '"1","1","1","2.5","2.5"'), (20, '"2","2","2","2.25","2.25"'), (30, '"3","3","3","",""')):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 STEP, LOSS, GRAD_NORM, LR, TOKENS, VAL_LOSS = "step", "loss", "grad_norm", "lr", "tokens", "val_loss"
 LOSS_SCALE, SKIPPED, SAMPLES, UPDATE_NORM = "loss_scale", "skipped_steps", "samples", "update_norm"
@@ -197,6 +198,7 @@ def words(raw: str) -> list[str]:
     return [word for word in re.split(r"[^0-9a-z]+", name.lower()) if word]
 
 
+@lru_cache(maxsize=4096)  # the same few names are asked for on every line; it changes nothing
 def rank(meaning: str, raw: str) -> int | None:
     """Return how well ``raw`` fits: 0 is best; ``None`` when it does not fit at all.
 
@@ -204,7 +206,7 @@ def rank(meaning: str, raw: str) -> int | None:
     (0, 1, None, 0)
     """
     name = words(raw)
-    if meaning == STEP and raw.strip().lower() == "_step":
+    if meaning == STEP and raw.rsplit(" - ", 1)[-1].strip().lower() == "_step":
         name = ["_step"]
     if meaning == VAL_LOSS:
         return _rank_held_out(name, raw)
