@@ -42,6 +42,9 @@ IMPORTED_ONCE = [
 PATIENCE_S = 100.0
 """How long a rank may work before it counts as stuck; longer than any test, the machine may be busy."""
 
+GRACE_S = 3.0
+"""How long the other ranks of a launched world may still work when one has failed."""
+
 
 class RankError(AssertionError):
     """A rank raised, ended or hung; the message has its traceback."""
@@ -146,7 +149,7 @@ def launch(work: Callable[..., None], *arguments: Any, size: int = 2, patience_s
             while running and (ended := connection.wait(running, max(0.0, until - time.monotonic()))):
                 gone = [running.pop(sentinel) for sentinel in list(running) if sentinel in ended]
                 if any(process.exitcode for process in gone):
-                    until = min(until, time.monotonic() + 5.0)  # the others wait for one that is gone
+                    until = min(until, time.monotonic() + GRACE_S)  # the others wait for one that is gone
             codes = [process.exitcode for process in processes]
         finally:
             for process in processes:

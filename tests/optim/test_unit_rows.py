@@ -10,7 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from tests.ranks import Ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from poise.core.errors import UserError
 from poise.optim.chain import Chain
@@ -126,7 +129,7 @@ def one_rank(rank: int) -> None:
         for weight, _ in weights:
             weight.grad = torch.zeros_like(weight)
         optimizer.step()
-        for (weight, dim), expected in zip(weights, wanted):
+        for (weight, dim), expected in zip(weights, wanted, strict=True):
             assert torch.allclose(weight.full_tensor().detach(), expected, rtol=1e-6), (weight.placements, dim)
 
 

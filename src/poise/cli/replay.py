@@ -38,8 +38,7 @@ def main(words: Sequence[str]) -> int:
     parser = Parser(
         "replay",
         "Show recorded training logs to the guard, step by step, and print its alarms and what it would have done. "
-        "It looks only at the past, as it would in the run itself. Reads CSV and TSV, JSON lines, poise run folders; "
-        "also as .gz, .bz2 or .xz.",
+        "It looks only at the past, as it would in the run itself. Reads every log that poise diagnose reads.",
         "poise replay loss.csv\n  poise replay runs/nano other.jsonl.gz --json --guard.alarms_per_10k 2",
         _guard_help() if {"-h", "--help"} & set(words) else "",
     )

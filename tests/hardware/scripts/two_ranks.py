@@ -1,12 +1,7 @@
 """One of several ranks of a small world: shard, train, save, damage, restore; started as torchrun would.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python two_ranks.py FOLDER
-
 Rank 0 leaves ``whole.pt``, the full state after saving, for the test to compare with a load in one process.
 """
-
-import sys
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -109,13 +104,9 @@ def broken_disk(path, sync=False):
     raise OSError(5, "Input/output error")
 
 
-def main():
-    torch.set_num_threads(1)
+def one_rank(rank, folder):
     world = distributed.init("cpu", timeout_s=60)
+    assert world.rank == rank
     check_world(world)
-    check_checkpoints(world, Path(sys.argv[1]))
+    check_checkpoints(world, folder)
     distributed.leave(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,10 @@
 """One of several ranks: DDP or FSDP2, one rank sees a bad value, all ranks have to give the same answer.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python guarded_ranks.py ddp,fsdp bad_gradient,bad_loss,spoilt
-
 ``bad_gradient``: NaN in one element of the last rank's shard of a gradient. ``bad_loss``: that rank's loss is NaN.
 ``spoilt``: a weight becomes NaN between two steps, so that all ranks have to go back to a copy in memory.
 """
 
 import math
-import os
-import sys
 
 import torch
 from torch import distributed, nn
@@ -96,17 +92,7 @@ def check(kind, fault):
         assert all(other == host.steps for other in steps), steps
 
 
-def main():
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
-    kinds, faults = (argument.split(",") for argument in sys.argv[1:3])
+def one_rank(rank, kinds, faults):
     for kind in kinds:
         for fault in faults:
             check(kind, fault)
-    distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # at teardown gloo's threads sometimes abort a process whose work is done
-
-
-if __name__ == "__main__":
-    main()
