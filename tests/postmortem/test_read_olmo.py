@@ -86,7 +86,9 @@ def test_stamps_before_every_line_as_a_cluster_adds_them(tmp_path: Path) -> None
     text = "".join(
         stamp + line + "\n" for s in range(1, 8) for line in core(s, 9 - s, f"{STAMP}[rank 0] ", "    ").splitlines()
     )
-    assert points(read(tmp_path, text), "loss") == {s: 9 - s for s in range(1, 8)}
+    log = read(tmp_path, text)
+    assert log.format == "olmo"
+    assert points(log, "loss") == {s: 9 - s for s in range(1, 8)}
 
 
 def test_nan_and_inf(tmp_path: Path) -> None:
@@ -100,6 +102,9 @@ def test_restart(tmp_path: Path) -> None:
     log = read(tmp_path, text + again + core(6, 4.5) + core(7, 4.4))
     assert points(log, "loss") == {**dict.fromkeys(range(1, 6), 5.0), 6: 4.5, 7: 4.4}
     assert restarts(log.path) == [6]
+    assert restarts(read(tmp_path, text + text).path) == [1]
+    loaded = f"{STAMP}Checkpoint successfully loaded\n" + core(501, 4.5) + core(502, 4.4)
+    assert restarts(read(tmp_path, loaded).path) == [501]
 
 
 def test_the_program_that_prints_it_is_no_log(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_forms(tmp_path: Path, name: str) -> None:
     assert log.format == "stdout"
     assert points(log, "loss") == dict(zip(steps, LOSSES, strict=True))
     assert columns <= set(log.series)
+    assert "tokens" not in columns or set(points(log, "tokens").values()) == {1.5e6}
     assert set(points(log, "val_loss").values()) == {2.5} if "val_loss" in columns else "val_loss" not in log.series
     assert "grad_norm" not in columns or set(points(log, "grad_norm").values()) <= {1.5, 1.2, 20.751}
 

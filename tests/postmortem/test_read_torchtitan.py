@@ -103,6 +103,7 @@ def test_an_example_in_a_readme_is_no_log(tmp_path: Path) -> None:
     assert torchtitan.sniff(Source(path)) == 0.0
     path.write_text("logger.info(f'step: {step:2}  loss: {loss:7.4f}  tps: {tps:,}')\n" * 5)
     assert torchtitan.sniff(Source(path)) == 0.0
+    assert torchtitan.sniff(Source(Path(__file__))) == 0.0
 
 
 @pytest.mark.skipif(not LOSSES.exists(), reason="no real logs here")

@@ -183,7 +183,7 @@ _FOLDERS = frozenset(
     {"train", "training", "trainer", "metrics", "metric", "stats", "log", "optim", "optimizer", "learning", "samples"}
 )
 _HELD_OUT = frozenset({"val", "valid", "validation", "eval", "evaluation", "dev", "test"})
-_UNITS = re.compile(r"\([^)]*\)|\[[^\]]*\]")
+_UNITS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")  # no bracket within: linear in time
 _OF_ONE_SET = 1000
 """Added to the rank of a validation loss that belongs to one of several sets."""
 

@@ -47,8 +47,7 @@ def sniff(source: Source) -> float:
     lines = source.head_lines[:LOOK_AT]
     at = list(islice((i for i, line in enumerate(lines) if _is_point(line)), ENOUGH))
     lines = lines[: at[-1] + 1] if len(at) == ENOUGH else lines
-    told = at and (is_told(at, lines) or any("Training starts at step" in line for line in lines[: at[0]]))
-    return 0.9 if told else 0.0
+    return 0.9 if is_told(at, lines) else 0.0
 
 
 def read(source: Source) -> Iterator[Item]:
