@@ -132,4 +132,22 @@ def _further(d: Diagnosis) -> list[str]:
     lines = []
     if d.format == "poise" and serious:
         lines.append(f"which documents were in that step: poise blame {run} --step {serious[0].start}")
-    return lines
+    return lines + _settings(d)
+
+
+def _settings(d: Diagnosis) -> list[str]:
+    """Return what ``poise check`` says of the settings that the log itself states."""
+    if not d.log.settings or d.health == "healthy":
+        return []
+    from poise.preflight.check import check
+    from poise.preflight.read import from_mapping
+
+    try:
+        settings = from_mapping(d.log.settings, str(d.log.path))
+    except UserError:
+        return []
+    found = [] if settings is None else check(settings).at_least("warning")
+    if not found:
+        return []
+    rules = ", ".join(f"{finding.rule} ({finding.severity})" for finding in found)
+    return [f"the settings in this log are warned of: {rules}; poise check {d.log.path}"]
