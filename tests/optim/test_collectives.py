@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -53,10 +54,18 @@ def whole() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
 
 
-def spread(params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def meshes() -> tuple[DeviceMesh, DeviceMesh]:
+    """Return all ranks in a line and in a plane."""
+    return init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+
+
+def part(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """Return this rank's part of what every rank has; nothing is sent."""
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
+def spread(params: dict[str, nn.Parameter], line: DeviceMesh, plane: DeviceMesh) -> dict[str, nn.Parameter]:
     """Return the same weights, each in its own way of being spread."""
-    line = init_device_mesh("cpu", (2,))
-    plane = init_device_mesh("cpu", (1, 2))
     where: dict[str, tuple[DeviceMesh, list[Placement]]] = {
         "embed.weight": (line, [Shard(0)]),
         "hidden.weight": (line, [Shard(0)]),  # 3 and 2 rows
@@ -64,7 +73,7 @@ def spread(params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         "columns.weight": (plane, [Replicate(), Shard(1)]),
     }
     return {
-        name: nn.Parameter(distribute_tensor(p.detach().clone(), *where[name]) if name in where else p.detach().clone())
+        name: nn.Parameter(part(p.detach().clone(), *where[name]) if name in where else p.detach().clone())
         for name, p in params.items()
     }
 
@@ -76,7 +85,7 @@ def spread_gradients(params: dict[str, nn.Parameter], step: int) -> None:
     for name, p in params.items():
         grad = alone[name].grad
         assert grad is not None
-        p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+        p.grad = part(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
 
 
 def full(p: Any) -> Tensor:
@@ -100,9 +109,7 @@ def count_collectives() -> None:
         distributed.all_reduce(torch.zeros(2))
     assert comm.get_total_counts() == 1, "the counter counts nothing"
     for name, (make, alone, together) in PROMISED.items():
-        params = {
-            key: nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for key, p in whole().items() if p.dim()
-        }
+        params = {key: nn.Parameter(part(p.detach(), mesh, [Shard(0)])) for key, p in whole().items() if p.dim()}
         params["scale"] = whole()["scale"]
         optimizer = make(params.items())
         for step in range(1, 5):
@@ -117,10 +124,11 @@ def count_collectives() -> None:
 
 def compare_all() -> None:
     rank = distributed.get_rank()
+    line, plane = meshes()
     for name in [name for name in EVERY if name not in VARIANTS]:
         make = EVERY[name]
         alone = whole()
-        params = spread(alone)
+        params = spread(alone, line, plane)
         one, both = make(alone.items(), "auto"), make(params.items(), "auto")
         start = {key: p.detach().clone() for key, p in alone.items()}
         for step in range(1, STEPS + 1):

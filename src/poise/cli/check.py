@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +33,7 @@ _NOT_SETTINGS: Final = ("source", "format", "said", "notes")
 
 def main(words: Sequence[str]) -> int:
     """Judge one run's configuration; exit code 1 where ``--fail-on`` was met, else 0."""
+    began = time.perf_counter()
     arguments = _parser().parse_args(list(words))
     if arguments.minutes is not None and not arguments.model:
         raise UserError("--minutes is how long --model may measure; add --model, or leave it out")
@@ -51,7 +53,8 @@ def main(words: Sequence[str]) -> int:
     if arguments.model:
         from poise.preflight.measure import measure
 
-        measured = measure(settings, minutes=minutes, say=_progress())
+        spent = (time.perf_counter() - began) / 60  # loading torch is part of the time
+        measured = measure(settings, minutes=max(0.01, minutes - spent), say=_progress())
         report = measured.added_to(report)
     if arguments.json:
         print(to_json(_record(report, settings, measured)))
@@ -81,7 +84,7 @@ def _parser() -> Parser:
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="files, a folder, a recipe's or a preset's name")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument("--fail-on", choices=SEVERITIES, help="exit with 1 if a finding is at least so severe")
-    parser.add_argument("--all", action="store_true", help="say why for notes too, and name every rule")
+    parser.add_argument("--all", action="store_true", help="say why for every finding, and name every rule")
     parser.add_argument("--model", action="store_true", help="also measure a model of this family on this machine")
     parser.add_argument("--minutes", type=float, metavar="M", help="that long at most, with --model (default 2)")
     parser.add_argument("--list", action="store_true", help="list all rules, with severity and source")
@@ -104,8 +107,11 @@ def _read(words: Sequence[str]) -> Settings:
         known = names()
         if "/" not in word and Path(word).stem not in known:
             near = nearest(word, [*PRESETS, *known])
-            if near:
-                raise UserError(f"no configuration '{word}'{near} poise check --presets lists the published ones")
+            if near or not Path(word).suffix:
+                raise UserError(
+                    f"no configuration '{word}'{near or ';'} give a file, a checkpoint folder, a recipe "
+                    f"({', '.join(known)}), or a published run (poise check --presets)"
+                )
     return read_settings([Path(word) for word in words])
 
 

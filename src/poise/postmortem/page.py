@@ -18,6 +18,7 @@ from poise.postmortem import page_figures as figures
 from poise.postmortem.compare import Comparison
 from poise.postmortem.diagnosis import Diagnosis
 from poise.postmortem.event import Event
+from poise.postmortem.page_curve import Curve, curve_of
 from poise.postmortem.scores import DEFINITIONS
 from poise.postmortem.steps import curve
 from poise.postmortem.wording import (
@@ -141,7 +142,7 @@ def write(diagnoses: Sequence[Diagnosis], comparisons: Sequence[Comparison], pat
     assert diagnoses
     several = len(diagnoses) > 1
     page = _Report(plain(diagnoses[0].log.name) if not several else f"{len(diagnoses)} training logs")
-    drawn = [figures.curve_of(d) for d in diagnoses]
+    drawn = [curve_of(d) for d in diagnoses]
     if several:
         _together(page, diagnoses, comparisons, drawn)
     for d, one in zip(diagnoses, drawn, strict=True):
@@ -155,7 +156,7 @@ def write(diagnoses: Sequence[Diagnosis], comparisons: Sequence[Comparison], pat
 # -- one log -------------------------------------------------------------------------------------------
 
 
-def _one(page: _Report, d: Diagnosis, drawn: figures.Curve, level: int) -> None:
+def _one(page: _Report, d: Diagnosis, drawn: Curve, level: int) -> None:
     page.paragraph(plain(d.headline), "verdict")
     page.paragraph(f"{plain(d.log.path.name)}, read as {d.format}", "soft")
     page.key_figures(_key_figures(d))
@@ -191,7 +192,7 @@ def _key_figures(d: Diagnosis) -> list[tuple[str, str]]:
     return [(name, value) for name, value in pairs if value]
 
 
-def _pictures(page: _Report, d: Diagnosis, drawn: figures.Curve, level: int) -> None:
+def _pictures(page: _Report, d: Diagnosis, drawn: Curve, level: int) -> None:
     title = "Loss" if drawn.name in ("loss", "") else plain(drawn.name).replace("_", " ")
     page.part(title, level)
     scale = ", logarithmic scale" if drawn.log else ""
@@ -264,7 +265,7 @@ def _reading(page: _Report, d: Diagnosis) -> None:
 
 
 def _together(
-    page: _Report, diagnoses: Sequence[Diagnosis], comparisons: Sequence[Comparison], drawn: Sequence[figures.Curve]
+    page: _Report, diagnoses: Sequence[Diagnosis], comparisons: Sequence[Comparison], drawn: Sequence[Curve]
 ) -> None:
     ill = sum(d.health != "healthy" for d in diagnoses)
     page.paragraph(

@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-from poise.dashboard.curves import Line, view
+from poise.dashboard.curves import Line
 from poise.dashboard.figures import Figure, edge_marks, label, marks, trace
 from poise.dashboard.text import escape, hover, number
-from poise.postmortem.chart import peaks_of, roof
 from poise.postmortem.diagnosis import Diagnosis
 from poise.postmortem.event import Event
 from poise.postmortem.log import Log
+from poise.postmortem.page_curve import Curve, between, line_of, trend_between
 from poise.postmortem.readers.names import GRAD_NORM, LOSS, LOSS_SCALE, LR, VAL_LOSS
-from poise.postmortem.steps import curve, interval
-from poise.postmortem.trend import Floats, Ints, fit
+from poise.postmortem.steps import interval
 from poise.postmortem.wording import cause_text, cost_text, peak_text, plain, recovery_text, span_text, worst_first
-
-TREND_POINTS: Final = 100_000
-"""Most points that a trend is fitted to; longer logs are fitted to medians of neighbours."""
 
 PANELS: Final = 8
 """Most pictures below the loss."""
@@ -48,9 +43,6 @@ MARGIN: Final = 20
 COLOUR: Final = {"critical": "$bad", "warning": "$warn", "note": "$note"}
 _SYMBOL: Final = {"critical": "x", "warning": "diamond", "note": "circle-open"}
 _LEGEND: Final = {"critical": "critical", "warning": "warning", "note": "noted, harmless"}
-_DECADES: Final = 1.5
-"""Powers of ten that a loss spans from which on its scale is logarithmic."""
-
 _LOOK: Final[Mapping[str, tuple[str, bool]]] = {
     GRAD_NORM: ("$grad", True),
     LR: ("$lr", False),
@@ -68,81 +60,6 @@ _TITLES: Final = {
     LOSS_SCALE: "Loss scale",
 }
 _DASHES: Final = ("solid", "dash", "dot", "dashdot")
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """What a log is about, for drawing.
-
-    Attributes:
-        name: of the series; ``loss`` where there is one.
-        every: its points.
-        trend: the fitted trend; empty where there are too few points.
-        log: whether its scale is logarithmic.
-        span: the value range that a picture opens with, in the scale's own terms.
-        steps: first and last step.
-    """
-
-    name: str
-    every: Line
-    trend: Line
-    log: bool
-    span: tuple[float, float]
-    steps: tuple[float, float]
-
-    @property
-    def top(self) -> float:
-        """The largest value in the picture."""
-        return 10.0 ** self.span[1] if self.log else self.span[1]
-
-    def inside(self, value: float) -> bool:
-        """Return whether a value has a place in the picture."""
-        low = 10.0 ** self.span[0] if self.log else self.span[0]
-        return low <= value <= self.top
-
-
-def curve_of(d: Diagnosis) -> Curve:
-    """Return the log's loss with its trend, or what it has instead."""
-    log = d.log
-    steps, values = curve(log)
-    name = next((n for n, series in log.series.items() if series[0] is steps), "")
-    every = _line(steps, values)
-    finite = every.finite()
-    trend = Line(np.empty(0), np.empty(0)) if _off_trend(d) else _trend(steps, values)
-    positive = bool(len(finite)) and float(finite.values.min()) > 0
-    log_scale = positive and math.log10(float(finite.values.max()) / float(finite.values.min())) >= _DECADES
-    if log_scale:
-        low, high = math.log10(float(finite.values.min())), math.log10(float(finite.values.max()))
-        room = 0.04 * (high - low)
-        span = (low - room, high + room)
-    else:
-        top = roof(finite.steps, finite.values, peaks_of(d))
-        low, high = view(finite.values, finite.values)
-        span = (low, min(high, top + 0.08 * (top - low)))
-    ends = (float(steps[0]), float(steps[-1])) if len(steps) else (0.0, 1.0)
-    return Curve(name, every, trend, log_scale, span, ends)
-
-
-def _off_trend(d: Diagnosis) -> bool:
-    """Return whether most of the log is off any trend, so that there is none to draw."""
-    long = [e for e in d.events if e.severity != "note" and e.kind in ("chaotic", "slow_divergence", "nonfinite")]
-    covered = sum(min(e.points, d.points) for e in long)
-    return covered > 0.5 * d.points
-
-
-def _trend(steps: Ints, values: Floats) -> Line:
-    """Return the trend that the events were found against; of medians of neighbours where the log is very long."""
-    good = np.isfinite(values) & (values > 0)
-    steps, values = steps[good], values[good]
-    if len(steps) < 8:
-        return Line(np.empty(0), np.empty(0))
-    size = -(-len(steps) // TREND_POINTS)
-    if size > 1:
-        rows = len(steps) // size
-        steps = np.ascontiguousarray(steps[: rows * size].reshape(rows, size)[:, size // 2])
-        values = np.median(values[: rows * size].reshape(rows, size), axis=1)
-    found = fit(steps, values)
-    return _line(found.steps, np.exp(found.level))
 
 
 # -- one log -------------------------------------------------------------------------------------------
@@ -192,7 +109,7 @@ def panel_names(d: Diagnosis, main: str) -> list[str]:
 
 
 def _panel(d: Diagnosis, name: str, span: tuple[float, float]) -> Figure:
-    every = _line(*d.log.series[name])
+    every = line_of(*d.log.series[name])
     shown = every.finite()
     colour, wants_log = _LOOK.get(name, ("$run5", False))
     positive = shown.values[shown.values > 0]
@@ -229,8 +146,8 @@ def _close_up(d: Diagnosis, event: Event, drawn: Curve) -> Figure:
     room = max(event.end - event.start, MARGIN * interval(d.log))
     first, last = max(float(event.start - room), drawn.steps[0]), min(float(event.end + room), drawn.steps[1])
     at_signal = event.signal not in (LOSS, drawn.name) and event.signal in d.log.series
-    main = _line(*d.log.series[event.signal]) if at_signal else drawn.every
-    inner = _between(main, first, last)
+    main = line_of(*d.log.series[event.signal]) if at_signal else drawn.every
+    inner = between(main, first, last)
     finite = inner.finite()
     few = len(finite) <= 150
     colour = _LOOK.get(event.signal, ("$run5", False))[0] if at_signal else "$loss"
@@ -238,10 +155,10 @@ def _close_up(d: Diagnosis, event: Event, drawn: Curve) -> Figure:
     line |= {"mode": "lines+markers", "marker": {"size": 4, "color": colour}} if few else {}
     traces = [line]
     if not at_signal:
-        traces.append(trace(_trend_between(drawn.trend, first, last), "trend", "$smooth", width=2.0))
+        traces.append(trace(trend_between(drawn.trend, first, last), "trend", "$smooth", width=2.0))
     traces += edge_marks(inner, math.inf, "$bad")
     layout = _frame([], (first, last), height=260)["layout"]
-    grad = _between(_line(*d.log.series[GRAD_NORM]), first, last).finite() if GRAD_NORM in d.log.series else None
+    grad = between(line_of(*d.log.series[GRAD_NORM]), first, last).finite() if GRAD_NORM in d.log.series else None
     if grad is not None and len(grad) and event.signal != GRAD_NORM:
         other = trace(grad.thinned(1500), "gradient norm (right)", "$grad", width=1.1, opacity=0.8)
         traces.insert(0, other | {"yaxis": "y3"})
@@ -432,24 +349,6 @@ def _counted(figure: Figure, log: Log) -> Figure:
         if "hovertemplate" in drawn:
             drawn["hovertemplate"] = drawn["hovertemplate"].replace("step %{x}", one + " %{x}")
     return figure
-
-
-def _line(steps: Ints, values: Floats) -> Line:
-    return Line(np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64))
-
-
-def _between(line: Line, first: float, last: float) -> Line:
-    low, high = np.searchsorted(line.steps, first), np.searchsorted(line.steps, last, side="right")
-    return Line(line.steps[low:high], line.values[low:high])
-
-
-def _trend_between(trend: Line, first: float, last: float) -> Line:
-    """Return the trend there, also between the points of a coarse one."""
-    inner = _between(trend, first, last)
-    if len(inner) >= 10 or not len(trend):
-        return inner.thinned(500)
-    steps = np.linspace(max(first, trend.steps[0]), min(last, trend.steps[-1]), 50)
-    return Line(steps, np.interp(steps, trend.steps, trend.values))
 
 
 def _unit(log: Log, title: str) -> str:

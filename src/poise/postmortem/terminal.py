@@ -49,7 +49,7 @@ NARROW: Final = 76
 """Columns below which an event is a few lines instead of a row of the table."""
 
 WIDE: Final = 110
-"""Columns from which on the table says at which step the peak was."""
+"""Columns from which on the table also has the step of the peak, the tokens lost, and what to do."""
 
 STYLE: Final = {"critical": "bold red", "warning": "yellow", "note": "dim"}
 HEALTH: Final = {"healthy": "bold green", "events": "bold yellow", "damaged": "bold red", "diverged": "bold red"}
@@ -77,7 +77,7 @@ class Pen:
     def __call__(self, text: str, style: str = "") -> Text:
         """Return a text for rich, without markup."""
         text = plain(text)
-        if self.ascii and not _can(text, self._encoding):
+        if self.ascii:
             text = text.translate(_ASCII).encode(self._encoding, "replace").decode(self._encoding)
         return Text(text, style=style)
 
@@ -103,7 +103,7 @@ def show(diagnosis: Diagnosis, console: Console, *, everything: bool = False, ex
         everything: notes and all events, too.
         extra: further lines for the end.
     """
-    console.print(Group(*_parts(diagnosis, Pen(console), console.width, everything, extra)))
+    _print(console, Group(*_parts(diagnosis, Pen(console), console.width, everything, extra)))
 
 
 def _parts(d: Diagnosis, pen: Pen, width: int, everything: bool, extra: Sequence[str]) -> Iterator[RenderableType]:
@@ -191,14 +191,16 @@ def _listed(shown: Sequence[Event], d: Diagnosis, pen: Pen, width: int, everythi
 
 
 def _table(kept: Sequence[Event], unit: str, pen: Pen, width: int) -> Table:
-    table = _empty_table((unit, "what", "peak", "came back", "likely cause", "cost", "do"), pen)
+    """Return a row an event; what to do is told below, so that a terminal of 80 columns need not have it here."""
+    wide = width >= WIDE
+    names = (unit, "what", "peak", "came back", "likely cause", "cost", "do")
+    table = _empty_table(names if wide else names[:-1], pen)
+    table.columns[2].no_wrap = wide or max(len(peak_text(e)) for e in kept) <= 16  # a column's name can be long
     for e in kept:
-        at = f" at {e.peak}" if width >= WIDE and e.start != e.end else ""
-        table.add_row(
-            pen(span_text(e)),
-            pen(e.kind.replace("_", " "), STYLE[e.severity]),
-            *map(pen, (peak_text(e) + at, recovery_text(e), cause_text(e), cost_text(e), _action(e))),
-        )
+        at = f" at {e.peak}" if wide and e.start != e.end else ""
+        cost = cost_text(e) if wide else cost_text(e).partition(", ")[0]
+        cells = (peak_text(e) + at, recovery_text(e), cause_text(e), cost, *([_action(e)] if wide else []))
+        table.add_row(pen(span_text(e)), pen(e.kind.replace("_", " "), STYLE[e.severity]), *map(pen, cells))
     return table
 
 
@@ -283,15 +285,23 @@ def compared(diagnoses: Sequence[Diagnosis], console: Console) -> None:
             pen(f"{d.lost_steps:,} ({100 * (1 - d.ettr):.2g} %)"),
             pen(MISSING if score is None else f"{score:.2f} %"),
         )
-    console.print(table)
+    _print(console, table)
 
 
 def verdict(comparison: Comparison, console: Console) -> None:
     """Print what two logs show together."""
     pen = Pen(console)
-    console.print(pen(f"{comparison.a} and {comparison.b}: {comparison.verdict}", "bold"))
+    _print(console, pen(f"{comparison.a} and {comparison.b}: {comparison.verdict}", "bold"))
     for line in comparison.evidence:
-        console.print(_Hanging(pen(line), 2, 2))
+        _print(console, _Hanging(pen(line), 2, 2))
+
+
+def _print(console: Console, what: RenderableType) -> None:
+    """Print; a reader that has gone is the caller's to deal with, rich would end the program with an error."""
+    try:
+        console.print(what)
+    except SystemExit:
+        raise BrokenPipeError from None
 
 
 # -- layout --------------------------------------------------------------------------------------------

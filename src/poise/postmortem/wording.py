@@ -94,7 +94,7 @@ def rise_text(rise: float) -> str:
     """Return a relative rise in per cent, as a factor where it is large.
 
     >>> rise_text(0.379), rise_text(-0.021), rise_text(56.5)
-    ('+38 %', '-2.1 %', 'x 57')
+    ('+38 %', '-2.1 %', 'x 57.5')
     """
     if rise >= 9.5:
         return f"x {1 + rise:.3g}" if rise < 1e3 else f"x {1 + rise:.1e}"

@@ -18,6 +18,7 @@ from poise.core.errors import UserError
 from poise.dashboard.text import count, number, plural
 from poise.model.counts import count as counted
 from poise.model.spec import Spec
+from poise.optim.build import OptimConfig
 from poise.preflight import measure_proxies as proxies
 from poise.preflight.check import Report
 from poise.preflight.measure_family import LARGEST, Family, of_recipe, of_settings
@@ -76,7 +77,7 @@ class Measurement:
 
     def record(self) -> dict[str, Any]:
         """Return everything for JSON; of the widths the slopes, not every activation."""
-        taps = {}
+        taps: dict[str, dict[str, Any]] = {}
         if self.widths is not None:
             for name, tap in self.widths.taps.items():
                 slopes = {which: getattr(tap, which) for which in ("start", "slope", "change")}
@@ -199,7 +200,7 @@ def _measured(family: Family, seconds: float, text: Text) -> tuple[Spec, str]:
 
 def _forecast(
     family: Family,
-    config: proxies.OptimConfig,
+    config: OptimConfig,
     text: Text,
     device: torch.device,
     until: float,
@@ -257,8 +258,8 @@ def _width_lines(w: Widths, everything: bool) -> list[str]:
     if everything:
         for name, tap in w.taps.items():
             slopes = [one.mean if one is not None else None for one in (tap.start, tap.slope, tap.change)]
-            start_, after, moved = (number(value) for value in slopes)
-            out.append(f"    {name}: slope {start_} at the start, {after} after, moved {moved} ({tap.change_verdict})")
+            first, after, moved = (number(value) for value in slopes)
+            out.append(f"    {name}: slope {first} at the start, {after} after, moved {moved} ({tap.change_verdict})")
     return out
 
 
@@ -275,7 +276,7 @@ def _forecast_lines(f: Forecast, everything: bool) -> list[str]:
     here = f.points[0]
     reach = f"{f.decades:.1f} decades beyond the largest proxy" if f.decades > 0 else "within the proxies' sizes"
     text = (
-        f"  forecast at {count(f.weights)} block weights and lr {here.lr:.2g}, after {f.steps} steps: largest attention "
+        f"  forecast at {count(f.weights)} block weights, lr {here.lr:.2g}, after {f.steps} steps: largest attention "
         f"logit {_short(here.logit)} [{_short(here.low)}, {_short(here.high)}], {reach}; a left-out cell is missed by "
         f"{f.left_out_error:.2f} decades"
     )

@@ -96,13 +96,12 @@ def forecast(runs: Sequence[Run], weights: float, steps: int, seed: int = 0) -> 
     sound = [run for run in runs if math.isfinite(run.logit) and run.logit > 0 and not run.diverged]
     sizes, rates = sorted({run.weights for run in sound}), sorted({run.lr for run in sound})
     nothing = Forecast(tuple(runs), weights, steps, ())
-    terms = _terms(len(sizes), len(rates))
+    terms = _terms(len(rates))
     if len(sizes) < 2:
         return _without(nothing, "attention logits of two sizes at least are needed")
     if len(sound) < terms + 2:
         return _without(nothing, f"{len(sound)} runs are too few for a fit with {terms} terms")
-    x, y, z = (np.array(column) for column in zip(*((math.log10(r.weights), math.log10(r.lr), 0.0) for r in sound)))
-    z = np.log10([run.logit for run in sound])
+    x, y, z = (np.log10([getattr(run, name) for run in sound]) for name in ("weights", "lr", "logit"))
     full = math.log10(weights)
     target_RK = _design(np.full(len(rates), full), np.log10(rates), terms)
     errors = _left_out(x, y, z, terms)
@@ -133,9 +132,9 @@ def _without(nothing: Forecast, reason: str) -> Forecast:
     return Forecast(nothing.runs, nothing.weights, nothing.steps, (), reason=reason)
 
 
-def _terms(sizes: int, rates: int) -> int:
-    """Return how many terms there are data for, in the order of ``_design``."""
-    return 2 if rates < 2 else 3 if rates < 3 else 5 if sizes >= 2 else 4
+def _terms(rates: int) -> int:
+    """Return how many terms so many rates can carry, in the order of ``_design``."""
+    return {1: 2, 2: 3}.get(rates, 5)
 
 
 def _design(x: Floats, y: Floats, terms: int) -> Floats:
@@ -160,10 +159,9 @@ def _left_out(x: Floats, y: Floats, z: Floats, terms: int) -> Floats:
 def _largest_error(x: Floats, y: Floats, z: Floats) -> float:
     """Return the mean error at the largest size of a fit without it: how well this very line extrapolates."""
     out = x == x.max()
-    sizes, rates = len(set(x[~out].tolist())), len(set(y[~out].tolist()))
-    terms = _terms(sizes, rates)
+    terms = _terms(len(set(y[~out].tolist())))
     rest = _design(x[~out], y[~out], terms)
-    if sizes < 2 or np.linalg.matrix_rank(rest) < terms:
+    if len(set(x[~out].tolist())) < 2 or np.linalg.matrix_rank(rest) < terms:
         return math.nan
     found, *_ = np.linalg.lstsq(rest, z[~out], rcond=None)
     return float(np.mean(z[out] - _design(x[out], y[out], terms) @ found))

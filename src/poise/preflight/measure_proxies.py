@@ -41,6 +41,9 @@ LEAST_STEPS: Final = 20
 WARMUP: Final = 0.1
 """Share of the steps over which the rate rises; then it stays."""
 
+SLACK: Final = 0.85
+"""Share of the time that is planned for: a step takes longer than the shortest of a few."""
+
 RISE: Final = 0.1
 """Nats above its start at which a proxy's loss counts as diverged."""
 
@@ -194,7 +197,7 @@ def plan(
         costs.append(step_seconds(spec, config, text, device))
     for seeds, least in ((3, 150), (2, 60), (1, LEAST_STEPS)):
         for n in range(len(costs), 1, -1):
-            steps = int(seconds / (len(grid) * seeds * sum(costs[:n])) - 2)  # two steps' time for set-up and looks
+            steps = int(SLACK * seconds / (len(grid) * seeds * sum(costs[:n])) - 2)  # two for set-up and looks
             if steps >= least:
                 return Batch(tuple(specs[:n]), grid, tuple(range(seeds)), min(steps, MOST_STEPS))
     return None

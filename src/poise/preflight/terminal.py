@@ -21,6 +21,12 @@ from poise.preflight.settings import Finding, Settings
 
 STYLE: Final[Mapping[Severity, str]] = {"critical": "bold red", "warning": "yellow", "note": "dim"}
 
+EXPLAINED: Final = 4
+"""Findings whose reason is said without ``--all``, the gravest; notes never."""
+
+SOURCE: Final = 90
+"""Characters of sources that are shown without ``--all``, in whole ones; one at least."""
+
 MOST_NOTES: Final = 3
 """Remarks of the reader that are shown without ``--all``."""
 
@@ -84,7 +90,7 @@ def show(
         report: of ``settings``.
         settings: what was read.
         console: where to; its width is used.
-        everything: say why for notes too, name all rules, print all remarks.
+        everything: say why for every finding, with all sources; name all rules, print all remarks.
         measured: lines on what was measured, in front of the findings; two blanks in front are kept.
     """
     pen = Pen(console)
@@ -100,9 +106,11 @@ def _parts(
     for line in measured:
         inner = line.lstrip(" ")
         yield Hanging(pen(inner), len(line) - len(inner), len(line) - len(inner) + 2)
-    for found in report.findings:
-        yield Text()
-        yield from _finding(found, pen, everything or found.severity != "note")
+    for i, found in enumerate(report.findings):
+        fully = everything or (found.severity != "note" and i < EXPLAINED)
+        if fully or i in (0, EXPLAINED) or found.severity != report.findings[i - 1].severity:
+            yield Text()
+        yield from _finding(found, pen, fully, everything)
     yield Text()
     yield Hanging(pen(judged(report, everything), "dim"), 0, 2)
     shown = report.notes if everything else report.notes[:MOST_NOTES]
@@ -141,7 +149,7 @@ def _headline(report: Report, pen: Pen) -> Text:
     return pen.line(*words)
 
 
-def _finding(found: Finding, pen: Pen, fully: bool) -> Iterator[Hanging]:
+def _finding(found: Finding, pen: Pen, fully: bool, everything: bool) -> Iterator[Hanging]:
     titles = {one.id: one.title for one in RULES} | {name: title for name, (title, _) in MEASURED.items()}
     head = pen.line((found.severity, STYLE[found.severity]), (f"  {titles.get(found.rule, '')}", "bold"))
     yield Hanging(head + pen(f"  ({found.rule})", "dim"), 0, 4)
@@ -150,7 +158,22 @@ def _finding(found: Finding, pen: Pen, fully: bool) -> Iterator[Hanging]:
         yield Hanging(pen.line(("why: ", "bold"), (found.why, "")), 2, 4)
     yield Hanging(pen.line(("do:  ", "bold"), (found.mend, "")), 2, 4)
     if fully:
-        yield Hanging(pen(f"[{found.source}]", "dim"), 2, 4)
+        yield Hanging(pen(f"[{found.source if everything else short_source(found.source)}]", "dim"), 2, 4)
+
+
+def short_source(source: str) -> str:
+    """Return the first sources of several.
+
+    >>> short_source("Marin 32B retrospective; " + "x" * 90)
+    'Marin 32B retrospective; ...'
+    """
+    parts = source.split("; ")
+    kept = parts[:1]
+    for part in parts[1:]:
+        if len("; ".join([*kept, part])) > SOURCE:
+            return "; ".join([*kept, "..."])
+        kept.append(part)
+    return "; ".join(kept)
 
 
 def judged(report: Report, everything: bool) -> str:
