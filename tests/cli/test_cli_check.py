@@ -148,10 +148,12 @@ def test_all_says_more(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_control_characters_of_a_configuration_do_not_reach_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hostile = LLAMA | {"hidden_act": "\x1b[31mred", "attn_implementation": "[bold]x\x1b]0;title\x07"}
-    (tmp_path / "config.json").write_text(json.dumps(hostile))
-    code, out, _ = run(capsys, str(tmp_path), "--all")
+    folder = tmp_path / "a\x1b[31m[bold]b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"hidden_act": "\x1b]0;title\x07"}))
+    code, out, _ = run(capsys, str(folder), "--all")
     assert code == 0 and "\x1b" not in out and "\x07" not in out
+    assert "a?[31m[bold]b" in out.replace("\n", "").replace("  ", "")
 
 
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:

@@ -260,9 +260,30 @@ def test_noise_widens_the_interval_and_the_truth_is_inside() -> None:
     assert loud.left_out_error == pytest.approx(0.2, rel=0.6)
 
 
+def test_the_interval_is_that_of_a_new_model_not_of_the_mean() -> None:
+    found = forecast(made_up(0.4, 0.2, seeds=6), 2e5, 100)
+    for one in found.points:
+        assert 4 * 0.2 * 0.6 < math.log10(one.high / one.low) < 4 * 0.2 * 1.6  # about two deviations each way
+
+
 def test_a_law_that_bends_is_betrayed_by_the_largest_size() -> None:
     bent = tuple(replace(run, logit=run.logit * (3.0 if run.weights == 10**6 else 1.0)) for run in made_up(0.4))
     assert forecast(bent, 1e10, 100).largest_error == pytest.approx(math.log10(3), abs=0.02)
+
+
+def test_the_interval_reaches_to_a_curve_through_the_sizes() -> None:
+    """A law with 0.1 (x - 5)² in it: the line falls short, the interval does not."""
+    bent = [replace(r, logit=r.logit * 10 ** (0.1 * (math.log10(r.weights) - 5) ** 2)) for r in made_up(0.4)]
+    truth = 10 ** (0.5 + 0.4 * 3 + 0.1 * 9 - 1.5 + 0.3)
+    found = forecast(bent, 1e8, 100)
+    assert found.points[0].logit < 0.7 * truth < truth < 1.5 * found.points[0].high
+
+
+def test_two_sizes_say_nothing_far_away() -> None:
+    two = made_up(0.4, sizes=(4e4, 2e5))
+    assert not forecast(two, 1e10, 100).informative
+    assert forecast(two, 1e6, 100).informative
+    assert forecast(made_up(0.4), 1e10, 100).informative
 
 
 def test_too_little_gives_a_reason_and_no_number() -> None:

@@ -116,13 +116,13 @@ def _print(diagnoses: Sequence[Diagnosis], comparisons: Sequence[Comparison], ar
     for d in diagnoses:
         show(d, console, everything=arguments.all, extra=_further(d))
         if len(diagnoses) > 1:
-            console.print()
+            print()
     if len(diagnoses) > 1:
         compared(diagnoses, console)
     for comparison in comparisons:
         verdict(comparison, console)
     if arguments.html:
-        console.print(f"report: {arguments.html}")
+        print(f"report: {arguments.html}")
 
 
 def _further(d: Diagnosis) -> list[str]:
@@ -146,7 +146,7 @@ def _settings(d: Diagnosis) -> list[str]:
         settings = from_mapping(d.log.settings, str(d.log.path))
     except UserError:
         return []
-    found = [] if settings is None else check(settings).at_least("warning")
+    found = [] if settings is None else [f for f in check(settings).findings if f.severity != "note"]
     if not found:
         return []
     rules = ", ".join(f"{finding.rule} ({finding.severity})" for finding in found)

@@ -20,10 +20,11 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 from poise.postmortem.event import Advice, Event
 from poise.postmortem.log import Log
 from poise.postmortem.precursors import BATCH_SIZE
-from poise.postmortem.rates import read_rates
 from poise.postmortem.readers.names import words
 from poise.postmortem.steps import BENIGN_KINDS, SPIKE_KINDS, curve, interval, length, number, step_size
 
@@ -213,8 +214,8 @@ def _returned(log: Log, event: Event, found: Sequence[Event]) -> Advice:
     if event.cause.name == "schedule":
         return Advice("longer_warmup", f"{number_of}a longer warm-up, and no jumps of the learning rate.", WARMUP)
     if event.cause.name == "too-high LR":
-        rates = read_rates(log)
-        peak = f" than {number(rates.peak)}" if rates is not None else ""
+        rates = log.series["lr"][1] if "lr" in log.series else np.empty(0)
+        peak = f" than {number(float(np.nanmax(rates)))}" if np.isfinite(rates).any() else ""
         return Advice("lower_lr", f"{number_of}a lower peak learning rate{peak}, or QK-norm at this one.", MLPERF)
     if event.cause.name == "precision":
         return Advice("raise_precision", f"{number_of}bf16 instead of fp16.", FP16)

@@ -56,7 +56,9 @@ NEAR: Final = 50
 Hint = tuple[str, CauseKind, Certainty, tuple[str, ...]]
 
 
-def name_cause(log: Log, event: Event, found: Sequence[Event], precursors: Sequence[Precursor]) -> Cause:
+def name_cause(
+    log: Log, event: Event, found: Sequence[Event], precursors: Sequence[Precursor], rates: Rates | None = None
+) -> Cause:
     """Return the likely cause of an event.
 
     Args:
@@ -64,8 +66,9 @@ def name_cause(log: Log, event: Event, found: Sequence[Event], precursors: Seque
         event: without its cause.
         found: all events of the log.
         precursors: what moved before this one (``precursors.precursors``).
+        rates: ``read_rates(log)``, where somebody has read them already.
     """
-    rates = read_rates(log)
+    rates = read_rates(log) if rates is None else rates
     hints = [hint for hint in _hints(log, event, found, precursors, rates) if hint is not None]
     if not hints:
         return Cause(evidence=(_looked_at(log, event, precursors), *_company(log, event, found)))

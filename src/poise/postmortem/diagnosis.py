@@ -18,6 +18,7 @@ from poise.postmortem.cost import Total, cost, counts_tokens, total_cost
 from poise.postmortem.event import Event
 from poise.postmortem.log import Log
 from poise.postmortem.precursors import precursors
+from poise.postmortem.rates import read_rates
 from poise.postmortem.steps import BENIGN_KINDS, curve, number
 
 Health = Literal["healthy", "events", "damaged", "diverged"]
@@ -121,11 +122,11 @@ def beside(one: Diagnosis, other: Diagnosis) -> tuple[Diagnosis, Comparison]:
 def explain(log: Log, found: Sequence[Event], tokens_per_step: int | None = None) -> tuple[Event, ...]:
     """Return the events with precursors, causes, costs and advice, in order of their start."""
     found = sorted(found, key=lambda event: (event.start, event.end))
-    out = []
+    out, rates = [], read_rates(log)
     for event in found:
-        before = precursors(log, event)
+        before = precursors(log, event, rates)
         event = dataclasses.replace(event, precursors=before, cost=cost(log, event, tokens_per_step))
-        event = dataclasses.replace(event, cause=name_cause(log, event, found, before))
+        event = dataclasses.replace(event, cause=name_cause(log, event, found, before, rates))
         out.append(dataclasses.replace(event, advice=advise(log, event, found)))
     return tuple(out)
 

@@ -106,11 +106,17 @@ SKIPPED: Final = re.compile(r"\bskipped\b|\bsteps? skip|\bnan iterations\b|\bove
 BATCH_SIZE: Final = re.compile(r"^((global|total) )?batch size\b")
 
 
-def precursors(log: Log, event: Event) -> tuple[Precursor, ...]:
-    """Return what moved before an event, the earliest first; nothing for a gradient norm alone: it led to nothing."""
+def precursors(log: Log, event: Event, rates: Rates | None = None) -> tuple[Precursor, ...]:
+    """Return what moved before an event, the earliest first; nothing for a gradient norm alone: it led to nothing.
+
+    Args:
+        log: the log that it is in.
+        event: one of its events.
+        rates: ``read_rates(log)``, where somebody has read them already.
+    """
     if event.kind == "grad_spike":
         return ()
-    rates = read_rates(log)
+    rates = read_rates(log) if rates is None else rates
     found = [
         *_moved(log, event),
         *_scale(log, event),
@@ -326,10 +332,9 @@ def _batch_size(log: Log, event: Event) -> Iterator[Precursor]:
     if name is None:
         return
     reach = max(LR_STEPS * step_size(log), 5 * interval(log))
-    steps, values = log.series[name]
-    changed = np.flatnonzero(np.diff(values) != 0) + 1
-    near = changed[(steps[changed] <= event.start) & (steps[changed] >= event.start - reach)]
-    for i in near[-1:]:
+    steps, values = between(log.series[name], event.start - reach - 2 * interval(log), event.start)
+    changed = np.flatnonzero(values[1:] != values[:-1]) + 1
+    for i in changed[steps[changed] >= event.start - reach][-1:]:
         text = f"the batch size went from {number(float(values[i - 1]))} to {number(float(values[i]))}"
         yield Precursor(name, int(steps[i]), event.start - int(steps[i]), f"{text} at step {int(steps[i])}")
 
@@ -339,8 +344,10 @@ def _seams(log: Log, event: Event) -> Iterator[Precursor]:
     for step in log.restarts:
         if 0 <= event.start - step <= reach:
             yield Precursor("restart", step, event.start - step, f"the run was started again at step {step}")
-    steps, _ = between(log.series.get(event.signal, (np.empty(0, np.int64), np.empty(0))), 0, event.start)
-    if len(steps) > 2:
+    series = log.series.get(event.signal, (np.empty(0, np.int64), np.empty(0)))
+    first = max(int(np.searchsorted(series[0], event.start - reach)) - 2, 0)
+    steps = series[0][first : int(np.searchsorted(series[0], event.start, side="right"))]
+    if len(steps) > 1:
         gaps = np.diff(steps)
         for i in np.flatnonzero((gaps > 5 * interval(log)) & (event.start - steps[1:] <= reach))[-1:]:
             text = f"the log has no steps between {int(steps[i])} and {int(steps[i + 1])}"

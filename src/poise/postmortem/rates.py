@@ -107,13 +107,14 @@ def _rises(steps: Ints, values: Floats) -> tuple[Rise, ...]:
     allowed = max(FLAT_POINTS, len(values) // 50)
     falls = np.searchsorted(downs, ups)
     apart = (np.diff(ups) > allowed) | (np.diff(falls) > 0)
-    found = []
-    for group in np.split(ups, np.flatnonzero(apart) + 1):
-        first, last = int(group[0]), int(group[-1]) + 1
-        low, high = float(values[first]), float(values[last])
-        if len(group) >= 2 and high >= GROWTH * low:
-            found.append(Rise(int(steps[first]), int(steps[last]), low, high, first <= allowed))
-    return tuple(found)
+    ends = np.flatnonzero(np.append(apart, True))
+    begins = np.append(0, ends[:-1] + 1)
+    first, last = ups[begins], ups[ends] + 1
+    real = (ends > begins) & (values[last] >= GROWTH * values[first])
+    return tuple(
+        Rise(int(steps[a]), int(steps[b]), float(values[a]), float(values[b]), bool(a <= allowed))
+        for a, b in zip(first[real].tolist(), last[real].tolist(), strict=True)
+    )
 
 
 def _jumps(steps: Ints, values: Floats, rises: tuple[Rise, ...]) -> tuple[Jump, ...]:
@@ -127,7 +128,9 @@ def _jumps(steps: Ints, values: Floats, rises: tuple[Rise, ...]) -> tuple[Jump, 
     far &= np.abs(change[1:]) >= FLOOR * values.max()
     if rises and rises[0].first:  # a curved warm-up departs from a line
         far &= steps[2:] > rises[0].end
-    for rise in rises:
-        far &= ~((steps[2:] > rise.start) & (steps[2:] <= rise.end))
+    starts, ends = (np.array([getattr(rise, name) for rise in rises], dtype=np.int64) for name in ("start", "end"))
+    latest = np.searchsorted(starts, steps[2:], side="left") - 1  # the last rise that began before the step
+    if len(rises):
+        far &= ~((latest >= 0) & (steps[2:] <= ends[np.maximum(latest, 0)]))
     # back on the line of before: the point between was the jump, and is in the list by itself
     return tuple(Jump(int(steps[i + 2]), float(values[i + 1]), float(values[i + 2])) for i in np.flatnonzero(far))

@@ -13,6 +13,9 @@ from poise.postmortem.log import Floats, Ints, Log
 SPIKE_KINDS: Final = frozenset({"fast_spike", "slow_divergence", "level_shift", "chaotic", "nonfinite"})
 """Kinds in which the loss left its trend upwards, or was lost, through the state of the run."""
 
+LOOK_AT: Final = 10_000
+"""Points from which on their distance is taken from a sample."""
+
 BENIGN_KINDS: Final = frozenset({"data_outlier", "early_transient", "grad_spike"})
 """Kinds that need no reaction."""
 
@@ -28,7 +31,12 @@ def curve(log: Log) -> tuple[Ints, Floats]:
 def interval(log: Log) -> int:
     """Return the usual distance of two logged points, at least 1."""
     steps, _ = curve(log)
-    return max(1, round(float(np.median(np.diff(steps))))) if len(steps) > 1 else 1
+    if len(steps) > LOOK_AT:  # a few stretches say it as well
+        at = np.linspace(0, len(steps) - 1000, 5).astype(np.int64)
+        gaps = np.concatenate([np.diff(steps[i : i + 1000]) for i in at])
+    else:
+        gaps = np.diff(steps)
+    return max(1, round(float(np.median(gaps)))) if len(gaps) else 1
 
 
 def length(log: Log) -> int:

@@ -17,7 +17,7 @@ Source: running medians and median absolute deviations are Hampel 1974.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -60,6 +60,7 @@ class Trend:
         sigma: the noise about it, one deviation, on the same scale.
         interval: usual distance of two logged steps.
         half: points in half a window.
+        residual: how far each point lies above the trend, x - level.
     """
 
     steps: Ints
@@ -68,6 +69,10 @@ class Trend:
     sigma: Floats
     interval: float
     half: int
+    residual: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "residual", self.x - self.level)
 
     @property
     def heaviness(self) -> float:
@@ -77,11 +82,6 @@ class Trend:
         """
         below = -(self.residual / self.sigma)[len(self.x) // 50 :]
         return max(1.0, float(np.quantile(below, 0.99)) / GAUSSIAN) ** 2 if len(below) >= 100 else 1.0
-
-    @property
-    def residual(self) -> Floats:
-        """How far each point lies above the trend."""
-        return self.x - self.level
 
     def points(self, steps: float) -> int:
         """Return how many logged points that many steps are, at least 1."""

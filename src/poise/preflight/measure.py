@@ -22,7 +22,7 @@ from poise.optim.build import OptimConfig
 from poise.preflight import measure_proxies as proxies
 from poise.preflight.check import Report
 from poise.preflight.measure_family import LARGEST, Family, of_recipe, of_settings
-from poise.preflight.measure_forecast import THRESHOLD, Forecast, forecast
+from poise.preflight.measure_forecast import NEAR, THRESHOLD, Forecast, forecast
 from poise.preflight.measure_judge import judge
 from poise.preflight.measure_start import Start, start
 from poise.preflight.measure_text import Text, tokens
@@ -283,7 +283,10 @@ def _forecast_lines(f: Forecast, everything: bool) -> list[str]:
     if f.largest_error == f.largest_error:
         text += f", the largest size by {f.largest_error:+.2f}"
     if not f.informative:
-        text += ". The interval is too wide to say anything"
+        few = f.largest_error != f.largest_error and f.decades > NEAR
+        text += (
+            f". {'Two sizes are too few to say anything so far away' if few else 'That is too wide to say anything'}"
+        )
     out.append(text)
     if f.crossing is not None and f.informative:
         out.append(f"  forecast to pass {THRESHOLD:g} from lr {f.crossing:.2g} on, of the rates that were run")

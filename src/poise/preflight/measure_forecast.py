@@ -11,8 +11,9 @@ Here it is log10 of the largest logit of all blocks,
 
 fitted to all runs at once, because two or three sizes cannot carry a curve in x. The fit's error is that of leaving a
 cell out (all seeds of a size and rate). The interval is that of 95 % of refits to resampled left-out errors, with one
-more such error added for the new model itself; it holds if the line in x goes on, which nothing here can tell over
-four decades. It speaks of as many steps as the proxies were trained: logits can grow for longer than that.
+more such error added for the new model itself, widened to where a curve through three sizes would end, since a
+quadratic is what the paper fits. That line or curve goes on over four decades nothing here can tell; two sizes alone
+say nothing so far away. It speaks of as many steps as the proxies were trained: logits can grow for longer than that.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ THRESHOLD: Final = 1e4
 REFITS: Final = 1000
 WIDE: Final = 4.0
 """Decades above which an interval says nothing."""
+
+NEAR: Final = 1.0
+"""Decades beyond the largest proxy up to which two sizes are enough."""
 
 Floats = NDArray[np.float64]
 
@@ -82,8 +86,10 @@ class Forecast:
 
     @property
     def informative(self) -> bool:
-        """Whether the interval at the configured rate is narrow enough to say something."""
-        return bool(self.points) and math.log10(self.points[0].high / self.points[0].low) <= WIDE
+        """Whether the interval at the configured rate says something: narrow, and of three sizes unless it is near."""
+        if not self.points or (math.isnan(self.largest_error) and self.decades > NEAR):
+            return False
+        return math.log10(self.points[0].high / self.points[0].low) <= WIDE
 
     def diverged(self, lr: float) -> tuple[int, int]:
         """Return how many runs at a rate diverged, of how many."""
@@ -111,7 +117,10 @@ def forecast(runs: Sequence[Run], weights: float, steps: int, seed: int = 0) -> 
     weights_K, *_ = np.linalg.lstsq(design, z, rcond=None)
     fitted, centre = design @ weights_K, target_RK @ weights_K
     drawn = _resampled(design, fitted, errors, target_RK, seed)
+    largest = _largest_error(x, y, z)
+    bent = centre + _bend(x, largest, full)
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    low, high = np.minimum(low, bent), np.maximum(high, bent)
     points = tuple(
         Point(rate, *(float(10.0 ** min(v, 300.0)) for v in values))
         for rate, *values in zip(rates, centre, np.minimum(low, centre), np.maximum(high, centre), strict=True)
@@ -122,7 +131,7 @@ def forecast(runs: Sequence[Run], weights: float, steps: int, seed: int = 0) -> 
         steps,
         points,
         left_out_error=float(np.sqrt(np.mean(errors**2))),
-        largest_error=_largest_error(x, y, z),
+        largest_error=largest,
         decades=full - float(x.max()),
         crossing=next((point.lr for point in points if point.logit > THRESHOLD), None),
     )
@@ -165,6 +174,15 @@ def _largest_error(x: Floats, y: Floats, z: Floats) -> float:
         return math.nan
     found, *_ = np.linalg.lstsq(rest, z[~out], rcond=None)
     return float(np.mean(z[out] - _design(x[out], y[out], terms) @ found))
+
+
+def _bend(x: Floats, largest_error: float, full: float) -> float:
+    """Return how far a curve through the sizes leaves the line at full size, in decades; 0 where there is no third."""
+    sizes: list[float] = [math.nan, math.nan, *sorted(set(x.tolist()))]
+    first, second, last = sizes[-3:]
+    if math.isnan(largest_error) or math.isnan(first):
+        return 0.0
+    return largest_error * (full - last) * (full - second) / ((last - first) * (last - second))
 
 
 def _resampled(design: Floats, fitted: Floats, errors: Floats, target: Floats, seed: int) -> Floats:

@@ -1,4 +1,4 @@
-"""The table of rules in docs/preflight.md: ``python -m poise.preflight.rules_page docs/preflight.md`` writes it there."""
+"""The table of rules in docs/preflight.md; ``python -m poise.preflight.rules_page docs/preflight.md`` writes it."""
 
 from __future__ import annotations
 
