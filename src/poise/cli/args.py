@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from poise.core import config
 from poise.core.errors import UserError, nearest
 
 
@@ -31,6 +30,7 @@ def parse(parser: Parser, words: Sequence[str]) -> tuple[argparse.Namespace, dic
 
     A word counts as a recipe value when it is ``--section.key`` or the name of a top-level recipe key.
     """
+    from poise.core import config
     from poise.train.recipe import Recipe
 
     leaves = [name for name, _, _ in config.flatten_fields(Recipe)]
@@ -56,6 +56,7 @@ def parse(parser: Parser, words: Sequence[str]) -> tuple[argparse.Namespace, dic
 
 def recipe_help() -> str:
     """Return the recipe's keys with types and defaults, one a line."""
+    from poise.core import config
     from poise.train.recipe import Recipe
 
     lines = ["recipe values (in the TOML file, or here as --section.key value):"]
