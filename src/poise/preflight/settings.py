@@ -161,8 +161,10 @@ class Settings:
         return self.n_layers * block + embeddings
 
     def say(self, name: str) -> str:
-        """Return how the source says a field, or the field and its value."""
-        return self.said.get(name, f"{name} = {getattr(self, name)}")
+        """Return how the source says a field; with the field and its value where it does not say it itself."""
+        plain = f"{name} = {getattr(self, name)}"
+        words = self.said.get(name, plain)
+        return f"{plain} ({words})" if words.startswith(("default of", "guessed from")) else words
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,7 +183,9 @@ def not_read(names: Sequence[str], what: str = "settings") -> list[str]:
     if not names:
         return []
     more = ", ..." if len(names) > SHOWN else ""
-    return [f"{len(names)} {what} not read: {', '.join(names[:SHOWN])}{more}"]
+    return [
+        f"{len(names)} {what if len(names) > 1 else what.removesuffix('s')} not read: {', '.join(names[:SHOWN])}{more}"
+    ]
 
 
 def flattened(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -221,7 +223,7 @@ def merge(parts: Sequence[Settings]) -> Settings:
             here = said.get(name, "")
             if value is None or (value == values[name] and not here.startswith(WEAK)):
                 continue
-            there = part.say(name)
+            there = part.said.get(name, f"{name} = {value}")
             if values[name] is not None and there.startswith(WEAK):
                 continue
             if values[name] is not None and not here.startswith(WEAK):

@@ -73,7 +73,7 @@ def of_recipe(recipe: Recipe, source: str) -> Settings:
     for field in dataclasses.fields(Settings):
         value = getattr(model, field.name)
         if value is not None and field.name not in ("source", "format", "said", "notes", "methods"):
-            draft.put(field.name, Found(value, model.say(field.name)))
+            draft.put(field.name, Found(value, model.said.get(field.name, f"{field.name} = {value}")))
     draft.values["methods"] = model.methods
     draft.notes.extend(model.notes)
     _optimizer(recipe, draft)

@@ -88,7 +88,8 @@ def rule(
 
 def says(settings: Settings, *names: str) -> str:
     """Return how the source says those of the fields that it says: ``a = 1, b = 2``."""
-    return ", ".join(settings.say(name) for name in names if getattr(settings, name) is not None)
+    said = [settings.say(name) for name in names if getattr(settings, name) is not None]
+    return ", ".join(dict.fromkeys(said))  # one setting may hold two of them
 
 
 def short(number: float) -> str:
