@@ -1,24 +1,23 @@
-"""Longer troubles of a loss curve, with hindsight: chaos, slow divergence, level shifts, collapse, no learning.
+"""Longer troubles of a loss curve, with hindsight: chaos, slow divergence, large steps that stay, no learning.
 
 With s a short running median of x = ln loss (``SHORT`` steps on both sides) and b its best value so far, a departure is
 a stretch with
 
-    s - b > max(ln 1.08, noise of s)
+    s - b > max(ln 1.08, 8 noise)    somewhere, and more than half of that throughout
 
-that lasts ``LONG`` steps, or reaches the log's end and has climbed all the while. It is
+that lasts ``LONG`` steps, or reaches the log's end and has climbed all the while. The noise is that of s itself: its
+robust deviation from a long median, which a wandering loss makes large. b is a record low, so that twice the noise is
+added to it. A departure is
 
     chaotic          erratic: neighbouring values differ ``ERRATIC`` times as much as in the calm before, by 4 % and
                      more; or above the first losses (a model that knows nothing) by a factor
     early_transient  the same for a few steps at the very start, settling by itself
-    level_shift      up within a few steps, and staying
+    level_shift      up within a few steps, and staying; what follows is judged from the new level
     fast_spike       up within a few steps, and back after long
     slow_divergence  otherwise: it climbed
 
-A **level shift** below that is found where the trend steps up by itself (``spikes.offset``), clearly against the same
-measure elsewhere in the log. A **collapse** is a fall by a quarter within ``FALL`` steps, to the lowest level so far,
-twice as deep as any fall over as many steps before. A **plateau** is a run that does not learn: from its beginning to
-its end the loss has fallen by less than two fifths, and no more in the second half. That is about what the
-frequencies of the tokens alone give.
+A **plateau** is a run that does not learn: it began as an untrained model, has lost less than two fifths of its loss at
+the log's end, is still where the frequencies of the tokens alone would put it, and falls no more.
 """
 
 from __future__ import annotations
@@ -31,23 +30,32 @@ import numpy as np
 
 from poise.core.types import Severity
 from poise.postmortem.event import Event, Kind, Recovery
-from poise.postmortem.spikes import AFTER, offset, recovery
-from poise.postmortem.trend import MAD_TO_SIGMA, Bools, Floats, Trend, bridged, running_median
+from poise.postmortem.spikes import recovery
+from poise.postmortem.trend import MAD_TO_SIGMA, Bools, Floats, Trend, running_median
 
 SHORT: Final = 10
 LONG: Final = 150
 ABOVE: Final = math.log(1.08)
 NOISES: Final = 8.0
+TOGETHER: Final = 150
+"""Steps between two departures of one trouble."""
 
 START: Final = 60
-"""Steps, and at most as many points, within which a departure belongs to the start."""
+"""Steps within which a departure belongs to the start."""
 
-UNTRAINED: Final = math.log(6.0)
-"""A log whose first losses are above it begins with an untrained model, whatever its first step is called."""
+UNTRAINED: Final = math.log(7.0)
+"""ln of nats: a log whose first losses are above it begins with an untrained model. The smallest usual vocabularies of
+subwords give more, and no model that has learned anything has so much."""
+
+IGNORANT: Final = math.log(5.5)
+"""ln of nats: about what the frequencies of the tokens alone give is above it."""
 
 FEWEST: Final = 16
 TRANSIENT: Final = math.log(2.0)
 """A loss beyond twice that of knowing nothing is no harmless transient."""
+
+CALM, CALMEST = 0.2, 0.75
+"""Share of a log that is taken to be calm at least, and how calm that share looks in a log that is calm throughout."""
 
 ERRATIC: Final = 3.0
 ROUGH: Final = 0.04
@@ -57,133 +65,66 @@ QUICK: Final = 50
 CLIMB: Final = 20
 """Steps of a climb at the log's end from which on it is no spike in the making: those rise within a dozen."""
 
-SMALLEST_SHIFT: Final = math.log(1.01)
-SHIFT_NOISES: Final = 8.0
-FALL: Final = 72
-DROP: Final = -math.log(0.75)
 STUCK: Final = math.log(0.6)
 STUCK_POINTS, STUCK_STEPS = 30, 500
-KNOWN: Final = 450
-"""Steps that have to be known before a fall can be called too fast: a young run falls fast."""
 
 
-def departures(trend: Trend) -> list[Event]:
-    """Return stretches in which the loss stands far above its best, in order."""
-    found = _start(trend)
-    ended = found[-1].end if found else int(trend.steps[0]) - 1
-    lead = int(np.searchsorted(trend.steps, ended, side="right"))
-    short = trend.x.copy()
-    short[lead:] = running_median(trend.x[lead:], max(2, trend.points(SHORT)))
-    best = np.full(len(short), math.inf)
-    best[lead:] = np.minimum.accumulate(short[lead:])
-    width = 2 * max(2, trend.points(SHORT)) + 1
-    noise = 1.25 * min(_calm(trend), 2.0 * _roughness(trend.x[lead:])) / math.sqrt(width)
-    off = np.zeros(len(short), dtype=bool)
-    off[lead:] = short[lead:] - best[lead:] > max(ABOVE, NOISES * noise)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], _joined(trend, off).astype(np.int8), [0]])))
-    for first, end in edges.reshape(-1, 2):
-        event = _departure(trend, short, int(first), int(end) - 1)
-        if event is not None:
-            found.append(event)
-    return found
+def departures(trend: Trend, blocked: Bools) -> list[Event]:
+    """Return stretches in which the loss stands far above its best, in order.
+
+    Args:
+        trend: of the loss.
+        blocked: points that something else explains, (N,).
+    """
+    start = _start(trend)
+    found: list[Event] = []
+    lead = int(np.searchsorted(trend.steps, start[-1].end, side="right")) if start else 0
+    for _ in range(100):
+        event = _next(trend, blocked, lead)
+        if event is None:
+            break
+        if found and found[-1].kind != "level_shift":
+            event = _one(found[-1], found, event)
+        found.append(event)
+        # what follows a new level is judged from there
+        after = event.start + QUICK if event.kind == "level_shift" else event.end
+        lead = max(lead + 1, int(np.searchsorted(trend.steps, after, side="right")))
+    return start + found
 
 
-def shifts(trend: Trend, blocked: Bools) -> list[Event]:
-    """Return small steps upwards that stay, away from everything else."""
-    n, reach = len(trend.x), trend.points(AFTER)
-    if n < 4 * reach:
-        return []
-    short = running_median(trend.x, max(2, reach // 4))
-    aside = reach // 4 + 1
-    at = np.arange(reach, n - reach, max(1, reach // 8))
-    jumps = short[at + aside] - short[at - aside]
-    usual = MAD_TO_SIGMA * float(np.median(np.abs(jumps - running_median(jumps, 16)))) + 1e-9
-    bar = max(SMALLEST_SHIFT, SHIFT_NOISES * usual)
-    young = trend.steps[at] < trend.steps[0] + 2 * KNOWN
-    free = ~np.array([blocked[max(0, i - reach) : i + reach].any() for i in at])
-    steps, errors = np.zeros(len(at)), np.full(len(at), math.inf)
-    for k in np.flatnonzero((jumps > 0.5 * bar) & free & ~young):
-        steps[k], errors[k] = offset(trend, int(at[k]), int(at[k]))[:2]
-    tall = (steps > bar) & (steps > SHIFT_NOISES * errors)
-    found = []
-    for group in np.split(np.flatnonzero(tall), np.flatnonzero(np.diff(np.flatnonzero(tall)) > 8) + 1):
-        if len(group):
-            i = int(at[group[np.argmax(steps[group])]])
-            found.append(_shift(trend, i, float(steps[group].max())))
-    return found
-
-
-def collapses(trend: Trend, blocked: Bools) -> list[Event]:
-    """Return falls that are too fast to be learning."""
-    gap = trend.points(FALL)
-    short = running_median(bridged(trend.x, blocked), max(2, trend.points(4)))  # spikes fall fast, too
-    if len(short) < 3 * gap:
-        return []
-    fall = np.zeros(len(short))
-    fall[gap:] = short[:-gap] - short[gap:]
-    lowest = short <= np.minimum.accumulate(short) + 1e-12
-    apart, memory = trend.points(256), trend.points(512)
-    earlier = np.zeros(len(short))
-    if len(short) > apart:
-        padded = np.concatenate([np.zeros(memory - 1), fall[:-apart]])
-        earlier[apart:] = _running_max(padded, memory)
-    known = trend.steps > trend.steps[0] + KNOWN
-    bad = known & lowest & (fall > np.maximum(DROP, 2.0 * earlier)) & ~blocked
-    if not bad.any():
-        return []
-    hit = int(np.flatnonzero(bad)[0])
-    window = np.arange(max(0, hit - gap), min(len(short), hit + gap))
-    steepest = window[np.argmin(np.gradient(short[window]))] if len(window) > 2 else hit
-    start = int(max(0, steepest - trend.points(4)))
-    bottom = int(np.argmin(short[hit : hit + 4 * gap])) + hit
-    level = float(np.median(trend.x[max(0, start - gap) : start + 1]))
-    return [_event(trend, "collapse", "critical", start, bottom, bottom, level, "never")]
-
-
-def plateaus(trend: Trend) -> list[Event]:
+def plateaus(trend: Trend, unit: str = "") -> list[Event]:
     """Return the stretch in which a run does not learn, from its beginning to the log's end."""
+    nats = math.log(math.log(2.0)) if unit == "bits" else 0.0
     x, steps, n = trend.x, trend.steps, len(trend.x)
-    begins = steps[0] <= START or x[0] > UNTRAINED
-    if not begins or n < STUCK_POINTS or steps[-1] - steps[0] < STUCK_STEPS:
+    if n < STUCK_POINTS or steps[-1] - steps[0] < STUCK_STEPS:
         return []
+    first = float(np.median(x[:3]))
     third, last = float(np.median(x[n // 2 : 3 * n // 4])), float(np.median(x[3 * n // 4 :]))
+    ignorant = first + nats > UNTRAINED and last + nats > IGNORANT
     noise = 3.0 * float(np.median(trend.sigma)) / math.sqrt(n / 4)
-    if last - x[0] < STUCK or last > x[0] + math.log(1.05) or abs(third - last) > max(math.log(1.01), noise):
+    if not ignorant or last - first < STUCK or last > first + math.log(1.05):
         return []
-    first = int(np.flatnonzero(running_median(x, max(2, trend.points(SHORT))) <= last + math.log(1.03))[0])
-    event = _event(trend, "plateau", "warning", first, n - 1, n - 1, float(x[0]), "never")
+    if abs(third - last) > max(math.log(1.01), noise):
+        return []
+    start = int(np.flatnonzero(running_median(x, max(2, trend.points(SHORT))) <= last + math.log(1.03))[0])
+    event = _event(trend, "plateau", "warning", start, n - 1, n - 1, first, "never")
     return [dataclasses.replace(event, value=math.exp(last), lasting=math.nan)]
 
 
-# -- parts ---------------------------------------------------------------------------------------------
-
-
-def _running_max(x: Floats, width: int) -> Floats:
-    """Return the largest of each ``width`` neighbouring values, (N - width + 1,), in time independent of ``width``."""
-    n = len(x)
-    blocks = -(-n // width)
-    padded = np.concatenate([x, np.full(blocks * width - n, -math.inf)]).reshape(blocks, width)
-    ahead = np.maximum.accumulate(padded, axis=1).ravel()
-    behind = np.maximum.accumulate(padded[:, ::-1], axis=1)[:, ::-1].ravel()
-    out: Floats = np.maximum(behind[: n - width + 1], ahead[width - 1 : n])
-    return out
-
-
-def _calm(trend: Trend) -> float:
-    """Return the noise of single points in the calmer half of the log."""
-    return float(np.quantile(trend.sigma, 0.25))
+# -- the start -----------------------------------------------------------------------------------------
 
 
 def _start(trend: Trend) -> list[Event]:
     """Return what a run does above the loss with which it started, in its first steps."""
     known_nothing = float(trend.x[0])
     excess, short = trend.x - known_nothing, running_median(trend.x, 2)
-    bar = max(math.log(1.1), 4.0 * _roughness(trend.x))
-    early = np.flatnonzero((excess > bar) & _within_start(trend))
+    bar = max(math.log(1.1), 4.0 * roughness(trend.x))
     begins = trend.steps[0] <= START or known_nothing > UNTRAINED
-    if not len(early) or not begins or len(trend.x) < FEWEST:
+    early = (trend.steps <= trend.steps[0] + START) & (np.arange(len(trend.x)) < max(len(trend.x) // 5, 3))
+    high = np.flatnonzero((excess > bar) & early)
+    if not len(high) or not begins or len(trend.x) < FEWEST:
         return []
-    first = int(early[0])
+    first = int(high[0])
     below = np.flatnonzero(short[first + 1 :] <= known_nothing)  # a dip of a point or two is no end
     last = first + int(below[0]) if len(below) else len(trend.x) - 1
     peak = first + int(np.argmax(excess[first : last + 1]))
@@ -195,36 +136,52 @@ def _start(trend: Trend) -> list[Event]:
     return [_event(trend, kind, severity, first, peak, last, known_nothing, "returned" if ended else "never")]
 
 
-def _within_start(trend: Trend) -> Bools:
-    inside: Bools = trend.steps <= trend.steps[0] + START
-    inside[START:] = False
-    return inside
+# -- one departure -------------------------------------------------------------------------------------
 
 
-def _joined(trend: Trend, off: Bools) -> Bools:
-    """Return ``off`` with gaps of up to ``SHORT`` steps, and of two points, closed."""
-    out, at = off.copy(), np.flatnonzero(off)
-    gaps = np.flatnonzero((np.diff(at) > 1) & (np.diff(at) <= max(3, trend.points(2 * SHORT))))
-    for i in gaps:
-        out[at[i] : at[i + 1]] = True
-    return out
+def _next(trend: Trend, blocked: Bools, lead: int) -> Event | None:
+    """Return the first departure from ``lead`` on."""
+    n = len(trend.x)
+    if n - lead < 8:
+        return None
+    half = max(2, trend.points(SHORT))
+    short = trend.x.copy()
+    short[lead:] = running_median(trend.x[lead:], half)
+    noise = _noise(trend, short, lead, half)
+    best = np.full(n, math.inf)
+    best[lead:] = np.minimum.accumulate(np.where(blocked[lead:], math.inf, short[lead:]))
+    bar = max(ABOVE, NOISES * noise)
+    above = np.zeros(n)
+    known = np.isfinite(best)
+    above[known] = short[known] - best[known] - 2.0 * noise
+    above[blocked] = 0.0
+    high = above > bar
+    off = _joined(trend, above > 0.5 * bar)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], off.astype(np.int8), [0]])))
+    total = np.concatenate([[0], np.cumsum(high)])
+    for first, end in edges.reshape(-1, 2):
+        if total[end] > total[first]:
+            event = _departure(trend, short, noise, int(first), int(end) - 1, lead)
+            if event is not None:
+                return event
+    return None
 
 
-def _departure(trend: Trend, short: Floats, first: int, last: int) -> Event | None:
+def _departure(trend: Trend, short: Floats, noise: float, first: int, last: int, lead: int) -> Event | None:
     steps = trend.steps
     at_end = last == len(steps) - 1
-    lowest = int(np.flatnonzero(short[: first + 1] <= short[: first + 1].min())[-1])
-    start = _foot(trend, short, first)
-    length = int(steps[last] - steps[start])
+    length = int(steps[last] - steps[first])
+    level = float(short[lead : first + 1].min())
+    lowest = _foot(short, level + 2.0 * noise, first, max(lead, first - (last - first) - 5))
+    start = _edge(trend, level, lowest, first)
     peak = first + int(np.argmax(trend.x[first : last + 1]))
-    level = float(short[: first + 1].min())
     height = float(np.median(short[first : last + 1])) - level
     climb = int(steps[first + int(np.argmax(short[first : last + 1] > level + 0.8 * height))] - steps[start])
-    rough, calm = _roughness(trend.x[start : last + 1]), _roughness(trend.x[max(0, start - 2 * len(short)) : start])
-    erratic = rough > ROUGH and (rough > ERRATIC * calm or start < len(steps) // 10)
-    still_up = at_end and last - start >= 8 and short[last] > short[start] + 2 * ABOVE
-    if length < LONG and not still_up:
+    still_up = at_end and last - start >= 8 and short[last] > level + 2.0 * ABOVE
+    if not still_up and (length < LONG or last - first < 8):
         return None
+    rough, calm = roughness(trend.x[start : last + 1]), roughness(trend.x[max(lead, start - 400) : start])
+    erratic = rough > ROUGH and (rough > ERRATIC * calm or start < len(steps) // 10)
     back: Recovery = "never" if at_end else "returned"
     if erratic and length >= LONG:
         return _event(trend, "chaotic", "critical", lowest, peak, last, level, back)
@@ -234,49 +191,77 @@ def _departure(trend: Trend, short: Floats, first: int, last: int) -> Event | No
             return _event(trend, "fast_spike", "critical", start, peak, last, level, "open")
         if at_end:
             return _event(trend, "level_shift", "critical", start, peak, last, level, "never")
-        back, lasting = recovery(trend, start, last, height)
-        kind: Kind = "level_shift" if back == "never" else "fast_spike"
+        back, lasting = recovery(trend, start, min(start + trend.points(QUICK), last), height)
+        told = not math.isnan(lasting)
+        stayed = back == "never" if told else _flat(short, first, last, height)
+        kind: Kind = "level_shift" if stayed else "fast_spike"
+        back = "never" if stayed else back if told else "open"
         return dataclasses.replace(_event(trend, kind, "critical", start, peak, last, level, back), lasting=lasting)
     return _event(trend, "slow_divergence", "critical", lowest, peak, last, level, back)
 
 
-def _foot(trend: Trend, short: Floats, first: int) -> int:
-    """Return where the climb to ``first`` began: after the last point that was still about as low as the best."""
-    best = float(short[: first + 1].min())
-    low = np.flatnonzero(short[: first + 1] <= best + 2.0 * float(trend.sigma[first]) / math.sqrt(5))
-    foot = int(low[-1]) if len(low) else first
-    raised = np.flatnonzero(trend.x[foot : first + 1] > best + max(4.0 * float(trend.sigma[first]), ABOVE / 2))
+def _one(before: Event, found: list[Event], event: Event) -> Event:
+    """Return two departures as one where they follow each other closely, and take the first out of the list."""
+    if event.start > before.end + TOGETHER:
+        return event
+    found.pop()
+    worse = max(before, event, key=lambda e: (e.kind == "chaotic", e.kind == "slow_divergence", e.end - e.start))
+    top = max(before, event, key=lambda e: e.value)
+    return dataclasses.replace(
+        event,
+        kind=worse.kind,
+        start=min(before.start, event.start),
+        peak=top.peak,
+        value=top.value,
+        baseline=before.baseline,
+        points=before.points + event.points,
+    )
+
+
+def _noise(trend: Trend, short: Floats, lead: int, half: int) -> float:
+    """Return how far the short median strays from a long one, robustly."""
+    part = short[lead:]
+    if len(part) < 20 * half:
+        return 1.25 * 2.0 * roughness(trend.x[lead:]) / math.sqrt(2 * half + 1)
+    away = np.abs(part - running_median(trend.x[lead:], 10 * half))
+    blocks = away[: len(away) // (5 * half) * 5 * half].reshape(-1, 5 * half)
+    return MAD_TO_SIGMA / CALMEST * float(np.quantile(np.median(blocks, axis=1), CALM))  # what is chaotic is no measure
+
+
+def _joined(trend: Trend, off: Bools) -> Bools:
+    """Return ``off`` with gaps of up to twice ``SHORT`` steps, and of three points, closed."""
+    out, at = off.copy(), np.flatnonzero(off)
+    gaps = np.flatnonzero((np.diff(at) > 1) & (np.diff(at) <= max(3, trend.points(2 * SHORT))))
+    for i in gaps:
+        out[at[i] : at[i + 1]] = True
+    return out
+
+
+def _foot(short: Floats, low: float, first: int, since: int) -> int:
+    """Return the last point before a climb that was still about as low as the best."""
+    at = np.flatnonzero(short[since : first + 1] <= low)
+    return since + int(at[-1]) if len(at) else since
+
+
+def _edge(trend: Trend, level: float, foot: int, first: int) -> int:
+    """Return the first point that stands clearly above the level, from the foot on."""
+    clear = level + max(4.0 * float(trend.sigma[first]), ABOVE / 2)
+    raised = np.flatnonzero(trend.x[foot : first + 1] > clear)
     return foot + int(raised[0]) if len(raised) else foot
 
 
-def _roughness(x: Floats) -> float:
-    """Return how much neighbouring values differ, robustly."""
+def _flat(short: Floats, first: int, last: int, height: float) -> bool:
+    """Whether a stretch stays up to its end, rather than coming down."""
+    part = short[first : last + 1]
+    third = max(1, len(part) // 3)
+    return float(np.median(part[:third]) - np.median(part[-third:])) < 0.5 * height
+
+
+def roughness(x: Floats) -> float:
+    """Return how much neighbouring values differ, robustly, as a deviation."""
     if len(x) < 4:
         return 0.0
     return MAD_TO_SIGMA * float(np.median(np.abs(np.diff(x)))) / math.sqrt(2)
-
-
-def _shift(trend: Trend, at: int, height: float) -> Event:
-    reach = trend.points(AFTER)
-    window = np.arange(at - reach // 2, at + reach // 2)
-    inner = window[2:-2]
-    jumps = [float(np.median(trend.x[i : i + reach // 2]) - np.median(trend.x[i - reach // 2 : i])) for i in inner]
-    where = int(inner[int(np.argmax(jumps))]) if len(inner) else at
-    level = float(np.median(trend.x[max(0, where - reach // 2) : where]))
-    start = int(trend.steps[where])
-    severity: Severity = "critical" if height > math.log(1.05) else "warning"
-    return Event(
-        kind="level_shift",
-        severity=severity,
-        start=start,
-        peak=start,
-        end=int(trend.steps[min(len(trend.steps) - 1, where + reach)]),
-        baseline=math.exp(level),
-        value=math.exp(level + height),
-        points=reach,
-        recovery="never",
-        lasting=math.expm1(height),
-    )
 
 
 def _event(

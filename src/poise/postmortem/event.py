@@ -18,12 +18,13 @@ Kind = Literal[
     "chaotic",
     "collapse",
     "plateau",
+    "level_drop",
     "data_outlier",
     "early_transient",
     "grad_spike",
     "logit_growth",
 ]
-"""``data_outlier``, ``early_transient`` and ``grad_spike`` are notes: nothing has to be done about them."""
+"""``level_drop``, ``data_outlier``, ``early_transient`` and ``grad_spike`` are notes: nothing has to be done there."""
 
 Recovery = Literal["returned", "partly", "never", "open"]
 """``returned``: the loss is on its old trend again; ``partly``: it stays somewhat above; ``never``: it stays up or the

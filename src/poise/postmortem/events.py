@@ -7,6 +7,7 @@
     level_shift      a step upwards that stays, large or small
     fast_spike       up within a few steps, and down again (``spikes.py``)
     data_outlier     one odd batch: a note (``spikes.py``)
+    level_drop       a fall at the end of an epoch: a note
     collapse         falling far faster than training can make it fall
     plateau          does not learn, from the beginning to the end of the log
     grad_spike       a gradient norm far above its level without a change of the loss: a note
@@ -26,14 +27,18 @@ from typing import Final
 import numpy as np
 
 from poise.postmortem import spikes
-from poise.postmortem.departures import collapses, departures, plateaus, shifts
+from poise.postmortem.departures import departures, plateaus
 from poise.postmortem.event import Event
+from poise.postmortem.levels import collapses, shifts
 from poise.postmortem.log import Log
 from poise.postmortem.readers.names import GRAD_NORM, LOSS, VAL_LOSS
 from poise.postmortem.trend import Bools, Floats, Ints, Trend, fit
 
 FEWEST: Final = 8
 """Finite points without which only non-finite ones are told."""
+
+NOT_POSITIVE: Final = 0.05
+"""Share of losses that are zero or negative above which the logarithm is no scale for them."""
 
 CLOSE: Final = 50
 """Steps between two readings of one event of a gradient norm, or between two non-finite stretches."""
@@ -50,7 +55,7 @@ def find(log: Log) -> list[Event]:
     found: list[Event] = []
     judged = next((name for name in (LOSS, VAL_LOSS) if name in log.series), None)
     if judged is not None:
-        found += [dataclasses.replace(event, signal=judged) for event in _of_loss(*log.series[judged])]
+        found += [dataclasses.replace(event, signal=judged) for event in _of_loss(*log.series[judged], log.loss_unit)]
     if GRAD_NORM in log.series:
         found += _of_gradient(*log.series[GRAD_NORM], found)
     for name, (steps, values) in log.series.items():
@@ -71,14 +76,22 @@ def trend_of(log: Log) -> Trend | None:
 # -- the loss ------------------------------------------------------------------------------------------
 
 
-def _of_loss(steps: Ints, values: Floats) -> list[Event]:
+def _of_loss(steps: Ints, values: Floats, unit: str = "") -> list[Event]:
     found = _nonfinite(steps, values, LOSS)
     good = np.isfinite(values) & (values > 0)
     if good.sum() < FEWEST:
         return found
+    if good.sum() < np.isfinite(values).sum() * (1.0 - NOT_POSITIVE):
+        return found + _fell_to_zero(steps, values)  # its logarithm says nothing
     trend = fit(steps[good], values[good])
     blocked = np.zeros(len(trend.x), dtype=bool)
-    for event in departures(trend):
+    for event in [*collapses(trend)]:
+        found.append(event)
+        if event.kind == "collapse":
+            _block(trend, blocked, event)
+    for event in departures(trend, blocked):
+        if event.kind == "chaotic":
+            found = [other for other in found if other.kind != "collapse" or not _overlap(other, event)]
         found.append(event)
         _block(trend, blocked, event)
     for rise in spikes.rises(trend, blocked):
@@ -91,12 +104,29 @@ def _of_loss(steps: Ints, values: Floats) -> list[Event]:
         found.append(event)
         if event.kind != "data_outlier":
             _block(trend, blocked, event)
-    for event in [*shifts(trend, blocked), *collapses(trend, blocked)]:
+    for event in shifts(trend, blocked):
         found.append(event)
         _block(trend, blocked, event)
     if not any(event.kind in ("chaotic", "slow_divergence") for event in found):
-        found += plateaus(trend)
+        found += plateaus(trend, unit)
     return found
+
+
+def _fell_to_zero(steps: Ints, values: Floats) -> list[Event]:
+    """Return the stretch of exact zeros with which a loss ends that was positive before."""
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+    last = np.flatnonzero(values != 0.0)
+    first = int(last[-1]) + 1 if len(last) else 0
+    if first < FEWEST or len(values) - first < FEWEST or not (values[:first] > 0.0).all():
+        return []
+    level = float(np.median(values[max(0, first - CLOSE) : first]))
+    end = int(steps[-1])
+    return [
+        Event(
+            "collapse", "critical", int(steps[first]), int(steps[first]), end, level, 0.0, len(values) - first, "never"
+        )
+    ]
 
 
 def _overlap(event: Event, other: Event) -> bool:
