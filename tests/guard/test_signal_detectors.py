@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -59,6 +60,7 @@ def lr_at(step: int, steps: int, warm: int, peak: float = 1e-3) -> float:
     return peak * min(1.0, step / warm) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
+@cache
 def healthy(seed: int, steps: int = 400, every: int = 10, logged: int = 1) -> list[Signals]:
     """A made-up healthy run with every reading: warm-up, growing logits, heavy-tailed gradients, smooth weights."""
     rng = random.Random(seed)
@@ -138,7 +140,7 @@ def quiet(n: int, level: float = 0.24, noise: float = 0.08, seed: int = 0) -> li
 
 def troubled(seed: int) -> list[Signals]:
     """A run in which every detector has something to say after step 200."""
-    rows = healthy(seed, steps=260)
+    rows = [*healthy(seed, steps=260)]
     lost = {"adam_ratio__block_dot_1": 9.0, "adam_ratio": 4.4, "update_rms": 9e-3, "loss_spread": 9.0}
     weights = {"weight_rms__head": 0.9, "attn_logit_max__block_dot_2": 900.0, "attn_entropy__block_dot_2": 0.01}
     for i in range(200, 240):
@@ -153,19 +155,16 @@ def troubled(seed: int) -> list[Signals]:
 @pytest.mark.parametrize("maker", MAKERS)
 def test_healthy_runs_raise_nothing_that_moves_the_policy(maker: Callable[[], Detector]) -> None:
     """50 made-up runs of 400 steps: not one critical alarm; at most one warning of a kind in these 20 000 steps."""
-    alarms = [alarm for seed in range(50) for alarm in run(maker(), HEALTHY[seed])]
+    alarms = [alarm for seed in range(50) for alarm in run(maker(), healthy(seed))]
     assert [alarm for alarm in alarms if alarm.severity == "critical"] == []
     assert len([alarm for alarm in alarms if alarm.severity == "warning"]) <= 1, [alarm.message for alarm in alarms]
-
-
-HEALTHY = [healthy(seed) for seed in range(50)]
 
 
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("logged", [5, 10])
 def test_thinned_logs_of_healthy_runs_raise_nothing(maker: Callable[[], Detector], logged: int) -> None:
     for seed in range(6):
-        rows = [row for row in HEALTHY[seed] if row.step % logged == 0]
+        rows = [row for row in healthy(seed) if row.step % logged == 0]
         assert [a.message for a in run(maker(), rows) if a.severity != "note"] == []
 
 

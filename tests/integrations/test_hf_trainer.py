@@ -142,12 +142,19 @@ def test_final_loss_is_that_of_the_clean_run(tmp_path: Path) -> None:
     assert b == pytest.approx(a, rel=0.1)
 
 
+HEALTHY = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 10, "max_steps": 20}
+
+
+@pytest.fixture(scope="module")
+def absent(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A healthy run without a guard."""
+    return train(tmp_path_factory.mktemp("absent"), **HEALTHY)
+
+
 @pytest.mark.parametrize("config", [None, {"mode": "observe"}, {"enabled": False}], ids=["act", "observe", "off"])
-def test_off_equals_absent(tmp_path: Path, config: dict[str, Any] | None) -> None:
+def test_off_equals_absent(tmp_path: Path, absent: Any, config: dict[str, Any] | None) -> None:
     """On a healthy run nothing differs, bit for bit, evaluation and accumulation included."""
-    settings = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 10, "max_steps": 20}
-    absent = train(tmp_path, **settings)
-    present = train(tmp_path, GuardCallback(config), **settings)
+    present = train(tmp_path, GuardCallback(config), **HEALTHY)
     assert same(weights(absent), weights(present))
     losses = [[log.get("loss"), log.get("eval_loss"), log.get("grad_norm")] for log in absent.state.log_history]
     assert losses == [

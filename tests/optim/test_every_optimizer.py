@@ -6,6 +6,7 @@ A method that is not in the tables below fails ``test_every_method_is_here``. It
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import io
@@ -151,15 +152,19 @@ def parameters(dtype: torch.dtype = torch.float32, odd: bool = True) -> dict[str
 
 def set_gradients(params: Mapping[str, Tensor], step: int, spikes: bool = True) -> None:
     """Give every parameter its gradient of step number ``step``: one large step in 5, one large element in 7."""
-    for number, (name, p) in enumerate(params.items()):
-        generator = torch.Generator().manual_seed(1000 * step + number)
-        grad = torch.randn(p.shape, generator=generator).bfloat16()
-        if spikes and step % 5 == 3:
-            grad = grad * 100
-        if spikes and step % 7 == 5 and grad.numel():
-            grad.view(-1)[step % grad.numel()] *= 1000
-        p.grad = torch.empty_like(p).copy_(grad)
-        assert name
+    for number, p in enumerate(params.values()):
+        p.grad = torch.empty_like(p).copy_(_gradient(p.shape, step, number, spikes))
+
+
+@functools.cache
+def _gradient(shape: torch.Size, step: int, number: int, spikes: bool) -> Tensor:
+    """Return 16-bit numbers, which nobody may change: each is drawn once for all tests."""
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + number)).bfloat16()
+    if spikes and step % 5 == 3:
+        grad = grad * 100
+    if spikes and step % 7 == 5 and grad.numel():
+        grad.view(-1)[step % grad.numel()] *= 1000
+    return grad
 
 
 def poison(p: Tensor, element: int, value: float) -> None:

@@ -6,8 +6,8 @@ a stretch with
     s - b > max(ln 1.08, 8 noise)    somewhere, and more than half of that throughout
 
 that lasts ``LONG`` steps, or reaches the log's end and has climbed all the while. The noise is that of s itself: its
-robust deviation from a long median, which a wandering loss makes large. b is a record low, so that twice the noise is
-added to it. A departure is
+robust deviation from a long median, which a wandering loss makes large. b is a record low, so that three times the
+noise are added to it. A departure is
 
     chaotic          erratic: neighbouring values differ ``ERRATIC`` times as much as in the calm before, by 4 % and
                      more; or above the first losses (a model that knows nothing) by a factor
@@ -34,6 +34,10 @@ from poise.postmortem.spikes import recovery
 from poise.postmortem.trend import MAD_TO_SIGMA, Bools, Floats, Trend, running_median
 
 SHORT: Final = 10
+SHORT_POINTS: Final = 5
+RECORD: Final = 3.0
+"""Deviations by which a record low of a noisy level lies below it."""
+
 LONG: Final = 150
 ABOVE: Final = math.log(1.08)
 NOISES: Final = 8.0
@@ -49,6 +53,9 @@ subwords give more, and no model that has learned anything has so much."""
 
 IGNORANT: Final = math.log(5.5)
 """ln of nats: about what the frequencies of the tokens alone give is above it."""
+
+PERPLEXITY: Final = math.log(19.0)
+"""No loss begins above it, in nats or in bits: that is a perplexity."""
 
 FEWEST: Final = 16
 TRANSIENT: Final = math.log(2.0)
@@ -100,7 +107,7 @@ def plateaus(trend: Trend, unit: str = "") -> list[Event]:
         return []
     first = float(np.median(x[:3]))
     third, last = float(np.median(x[n // 2 : 3 * n // 4])), float(np.median(x[3 * n // 4 :]))
-    ignorant = first + nats > UNTRAINED and last + nats > IGNORANT
+    ignorant = UNTRAINED < first + nats < PERPLEXITY and last + nats > IGNORANT
     noise = 3.0 * float(np.median(trend.sigma)) / math.sqrt(n / 4)
     if not ignorant or last - first < STUCK or last > first + math.log(1.05):
         return []
@@ -144,7 +151,7 @@ def _next(trend: Trend, blocked: Bools, lead: int) -> Event | None:
     n = len(trend.x)
     if n - lead < 8:
         return None
-    half = max(2, trend.points(SHORT))
+    half = max(SHORT_POINTS, trend.points(SHORT)) if n - lead >= 60 else 2
     short = trend.x.copy()
     short[lead:] = running_median(trend.x[lead:], half)
     noise = _noise(trend, short, lead, half)
@@ -153,7 +160,7 @@ def _next(trend: Trend, blocked: Bools, lead: int) -> Event | None:
     bar = max(ABOVE, NOISES * noise)
     above = np.zeros(n)
     known = np.isfinite(best)
-    above[known] = short[known] - best[known] - 2.0 * noise
+    above[known] = short[known] - best[known] - RECORD * noise
     above[blocked] = 0.0
     high = above > bar
     off = _joined(trend, above > 0.5 * bar)
@@ -172,7 +179,7 @@ def _departure(trend: Trend, short: Floats, noise: float, first: int, last: int,
     at_end = last == len(steps) - 1
     length = int(steps[last] - steps[first])
     level = float(short[lead : first + 1].min())
-    lowest = _foot(short, level + 2.0 * noise, first, max(lead, first - (last - first) - 5))
+    lowest = _foot(short, level + RECORD * noise, first, max(lead, first - (last - first) - 5))
     start = _edge(trend, level, lowest, first)
     peak = first + int(np.argmax(trend.x[first : last + 1]))
     height = float(np.median(short[first : last + 1])) - level

@@ -32,7 +32,7 @@ SPANS: Final = (50, 200, 800)
 """Steps within which a collapse can happen."""
 
 DROP: Final = -math.log(0.75)
-FIRST_DESCENT: Final = math.log(1.5)
+FIRST_DESCENT: Final = math.log(2.0)
 """How far the loss has fallen from its beginning before a fall can be too deep."""
 
 FALL_NOISES: Final = 8.0
@@ -58,8 +58,9 @@ def shifts(trend: Trend, blocked: Bools) -> list[Event]:
     found = []
     for group in np.split(tall, np.flatnonzero(np.diff(tall) > 8) + 1):
         if len(group):
-            i = int(at[group[np.argmax(steps[group])]])
-            found.append(_shift(trend, i, float(steps[group].max()), reach))
+            i, height = int(at[group[np.argmax(steps[group])]]), float(steps[group].max())
+            if not _lands_on_older(trend, i, height, reach):
+                found.append(_shift(trend, i, height, reach))
     return found
 
 
@@ -88,6 +89,15 @@ def collapses(trend: Trend) -> list[Event]:
 # -- parts ---------------------------------------------------------------------------------------------
 
 
+def _lands_on_older(trend: Trend, at: int, height: float, reach: int) -> bool:
+    """Whether the loss only goes back to where it was before it had stepped down, a while ago."""
+    for back in (1.5, 2.5, 4.0):
+        first = at - int(back * reach)
+        if first >= reach and abs(offset(trend, first, at)[0]) < 0.3 * height:
+            return True
+    return False
+
+
 def _falls(trend: Trend, short: Floats, span: int, reach: int, noise: float) -> list[int]:
     """Return where the loss falls by too much within ``span`` points, as indices of the beginnings."""
     n, steps = len(short), trend.steps.astype(np.float64)
@@ -96,7 +106,8 @@ def _falls(trend: Trend, short: Floats, span: int, reach: int, noise: float) -> 
         return []
     at = np.arange(first, n - span)
     best = np.minimum.accumulate(short)
-    descended = short[0] - best[at] > FIRST_DESCENT
+    usual = running_median(trend.x, reach)[at - reach // 2]
+    descended = short[0] - np.maximum(best[at], usual) > FIRST_DESCENT
     fell = short[at] - short[at + span]
     candidates = at[
         descended & (fell > DROP) & (best[at] - short[at + span] > 0.5 * DROP) & (fell > FALL_NOISES * noise)
@@ -186,7 +197,7 @@ def _shift(trend: Trend, at: int, height: float, reach: int) -> Event:
         baseline=math.exp(level),
         value=math.exp(level + height),
         points=last - where + 1,
-        recovery="returned" if came_back == "returned" else "never",
+        recovery="never" if came_back == "partly" else came_back,
         lasting=lasting if came_back == "returned" else math.expm1(height),
     )
 

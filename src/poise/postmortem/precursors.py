@@ -6,8 +6,9 @@
              last 50 steps against that of 500 to 2500 steps before, by a factor; norms that grow in every run only
              where they grow faster than they did
     scale    the loss scale of fp16: at most a quarter of its highest within 2000 steps, or skipped steps
-    events   a jump of the learning rate, the end of a warm-up, a new batch size, a restart, a gap in the log, a
-             validation loss that was up already
+    events   a jump of the learning rate, the end of a warm-up, a new batch size or sequence length, a restart, a gap
+             in the log, a validation loss that was up already; up to ``Known.blur`` steps after the start, too,
+             because starts are not known to the step
 
 A log that lacks a series says nothing of it. A single high value among the last is told, with its lead; whether it
 means something is for ``cause.py``: gradient norms have single outliers of 14 times with no effect at all.
@@ -21,15 +22,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
 
+from poise.dashboard.text import plural
 from poise.postmortem.event import Event, Precursor
+from poise.postmortem.known import Known
 from poise.postmortem.log import Floats, Ints, Log
-from poise.postmortem.rates import Rates, read_rates
 from poise.postmortem.readers.names import words
-from poise.postmortem.steps import between, interval, number, step_size
+from poise.postmortem.steps import between, number, rise_text
 
 LOOK: Final = 50
 """Steps before an event in which a run-up can begin; at least three points."""
@@ -101,31 +104,20 @@ FAMILIES: Final = (
     ),
 )  # fmt: skip
 
-LOSS_SCALE: Final = re.compile(r"\b(loss|grad) scale\b|\blossscale\b|\bscaler scale\b")
-SKIPPED: Final = re.compile(r"\bskipped\b|\bsteps? skip|\bnan iterations\b|\boverflows?\b")
-BATCH_SIZE: Final = re.compile(r"^((global|total) )?batch size\b")
 
-
-def precursors(log: Log, event: Event, rates: Rates | None = None) -> tuple[Precursor, ...]:
+def precursors(log: Log, event: Event, known: Known | None = None) -> tuple[Precursor, ...]:
     """Return what moved before an event, the earliest first; nothing for a gradient norm alone: it led to nothing.
 
     Args:
         log: the log that it is in.
         event: one of its events.
-        rates: ``read_rates(log)``, where somebody has read them already.
+        known: ``Known(log)``, where there are several events.
     """
     if event.kind == "grad_spike":
         return ()
-    rates = read_rates(log) if rates is None else rates
-    found = [
-        *_moved(log, event),
-        *_scale(log, event),
-        *_skipped(log, event),
-        *_rate(log, event, rates),
-        *_batch_size(log, event),
-        *_seams(log, event),
-        *_validation(log, event),
-    ]
+    known = Known(log) if known is None else known
+    rules = (_moved, _scale, _skipped, _rate, _sizes, _seams, _validation)
+    found = [precursor for rule in rules for precursor in rule(known, event)]
     return tuple(sorted(found, key=lambda p: (p.step, p.signal)))
 
 
@@ -137,19 +129,23 @@ def family_of(name: str) -> Family | None:
     >>> family_of("elapsed time") is None
     True
     """
-    spoken = " ".join(words(name))
+    return _family(" ".join(words(name)))
+
+
+@lru_cache(maxsize=4096)  # the same few names are asked for at every event; it changes nothing
+def _family(spoken: str) -> Family | None:
     return next((family for family in FAMILIES if re.search(family.pattern, spoken)), None)
 
 
 # -- norms, logits -------------------------------------------------------------------------------------
 
 
-def _moved(log: Log, event: Event) -> Iterator[Precursor]:
+def _moved(known: Known, event: Event) -> Iterator[Precursor]:
     """The first series of each family that moved, and how many others did."""
-    unit, gap = step_size(log), interval(log)
+    unit, gap, log = known.unit, known.interval, known.log
     by_family: dict[str, list[tuple[Family, str]]] = {}
-    for name in log.series:
-        family = family_of(name)
+    for name, spoken in known.spoken.items():
+        family = _family(spoken)
         if family is not None and name != event.signal:
             by_family.setdefault(family.name, []).append((family, name))
     for members in by_family.values():
@@ -240,33 +236,11 @@ def _level(values: Floats) -> tuple[float, float] | None:
 # -- fp16 ----------------------------------------------------------------------------------------------
 
 
-def loss_scale(log: Log) -> tuple[str, Ints, Floats] | None:
-    """Return (name, steps, log2 of the loss scale) without its first search for a value; ``None`` where it has none.
-
-    Some programs print the exponent itself: whole numbers up to 64 that change by one.
-    """
-    name = next((name for name in log.series if LOSS_SCALE.search(" ".join(words(name)))), None)
-    if name is None:
-        return None
-    steps, values = log.series[name]
-    good = np.isfinite(values) & (values > 0)
-    steps, values = steps[good], values[good]
-    if len(steps) < 2:
-        return None
-    changes = np.abs(np.diff(values))
-    is_exponent = values.max() <= 64 and (values == np.round(values)).all() and set(changes.tolist()) == {0.0, 1.0}
-    exponent = values if is_exponent else np.log2(values)
-    rises = np.flatnonzero(np.diff(exponent) >= 0)
-    begin = int(rises[0]) if len(rises) and steps[rises[0]] - steps[0] <= 50 * step_size(log) else 0
-    return name, steps[begin:], exponent[begin:]
-
-
-def _scale(log: Log, event: Event) -> Iterator[Precursor]:
-    found = loss_scale(log)
-    if found is None:
+def _scale(known: Known, event: Event) -> Iterator[Precursor]:
+    if known.scale is None:
         return
-    name, steps, exponent = found
-    steps, exponent = between((steps, exponent), event.start - SCALE * step_size(log), event.start)
+    name, steps, exponent = known.scale
+    steps, exponent = between((steps, exponent), event.start - SCALE * known.unit, event.start)
     if len(steps) < 2:
         return
     top = int(len(exponent) - 1 - np.argmax(exponent[::-1]))
@@ -275,92 +249,79 @@ def _scale(log: Log, event: Event) -> Iterator[Precursor]:
         return
     first = int(steps[min(top + 1, len(steps) - 1)])
     low, high = number(2.0 ** float(exponent[-1])), number(2.0 ** float(exponent[top]))
-    text = f"the loss scale sank from {high} at step {int(steps[top])} to {low}: {fall:.0f} halvings"
+    text = f"the loss scale sank from {high} at step {int(steps[top])} to {low}: {plural(round(fall), 'halving')}"
     yield Precursor(name, first, event.start - first, text)
 
 
-def skipped_steps(log: Log) -> tuple[str, Ints, Floats] | None:
-    """Return (name, steps, skipped since the point before); ``None`` where the log does not count them."""
-    for name, (steps, values) in log.series.items():
-        if not SKIPPED.search(" ".join(words(name))):
-            continue
-        counts = np.where(np.isfinite(values), values, 0.0)
-        if len(counts) > 1 and counts[-1] > counts[0] and (np.diff(counts) >= 0).all():  # a running total
-            counts = np.diff(counts, prepend=counts[0])
-        if (counts > 0).any():
-            return name, steps, counts
-    return None
-
-
-def _skipped(log: Log, event: Event) -> Iterator[Precursor]:
-    found = skipped_steps(log)
-    if found is None:
+def _skipped(known: Known, event: Event) -> Iterator[Precursor]:
+    if known.skipped is None:
         return
-    unit = step_size(log)
-    name, steps, counts = found
+    unit = known.unit
+    name, steps, counts = known.skipped
     steps, counts = between((steps, counts), event.start - SKIPS * unit, event.start)
-    near = counts[steps >= event.start - max(5 * unit, 2 * interval(log))].sum()
+    near = counts[steps >= event.start - max(5 * unit, 2 * known.interval)].sum()
     hits = steps[counts > 0]
     if counts.sum() >= 3 or near >= 1:
-        text = f"{counts.sum():.0f} steps were skipped in the {SKIPS} before ('{name}')"
+        count = round(float(counts.sum()))
+        was = "was" if count == 1 else "were"
+        text = f"{plural(count, 'step')} {was} skipped in the {SKIPS} before ('{name}')"
         yield Precursor(name, int(hits[0]), event.start - int(hits[0]), text)
 
 
 # -- events --------------------------------------------------------------------------------------------
 
 
-def _rate(log: Log, event: Event, rates: Rates | None) -> Iterator[Precursor]:
+def _rate(known: Known, event: Event) -> Iterator[Precursor]:
+    rates = known.rates
     if rates is None:
         return
-    reach = max(LR_STEPS * step_size(log), 5 * interval(log))
-    for jump in rates.jumps:
-        if 0 <= event.start - jump.step <= reach:
-            change = f"{jump.after / jump.before - 1:+.0%}" if jump.before > 0 else "from 0"
-            text = f"the learning rate went from {number(jump.before)} to {number(jump.after)} ({change})"
-            yield Precursor("lr", jump.step, event.start - jump.step, f"{text} at step {jump.step}")
+    reach, blur = max(LR_STEPS * known.unit, 5 * known.interval), known.blur(event)
+    first, end = np.searchsorted(rates.jump_steps, [event.start - reach, event.start + blur + 1])
+    for jump in rates.jumps[first:end]:
+        change = rise_text(jump.after / jump.before - 1) if jump.before > 0 else "from 0"
+        text = f"the learning rate went from {number(jump.before)} to {number(jump.after)} ({change})"
+        yield _at(event, "lr", jump.step, f"{text} at step {jump.step}")
     for rise in rates.rises:
-        if 0 <= event.start - rise.end <= max(reach, 0.25 * (rise.end - rise.start)):
+        if -blur <= event.start - rise.end <= max(reach, 0.25 * (rise.end - rise.start)):
             what = "the warm-up" if rise.first else "warming up again"
-            text = (
-                f"{what} of {rise.end - rise.start} steps ended at step {rise.end}, learning rate {number(rise.high)}"
-            )
-            yield Precursor("lr", rise.end, event.start - rise.end, text)
+            text = f"{what} of {plural(rise.end - rise.start, 'step')} ended at step {rise.end}"
+            yield _at(event, "lr", rise.end, f"{text}, learning rate {number(rise.high)}")
 
 
-def _batch_size(log: Log, event: Event) -> Iterator[Precursor]:
-    name = next((name for name in log.series if BATCH_SIZE.search(" ".join(words(name)))), None)
-    if name is None:
-        return
-    reach = max(LR_STEPS * step_size(log), 5 * interval(log))
-    steps, values = between(log.series[name], event.start - reach - 2 * interval(log), event.start)
-    changed = np.flatnonzero(values[1:] != values[:-1]) + 1
-    for i in changed[steps[changed] >= event.start - reach][-1:]:
-        text = f"the batch size went from {number(float(values[i - 1]))} to {number(float(values[i]))}"
-        yield Precursor(name, int(steps[i]), event.start - int(steps[i]), f"{text} at step {int(steps[i])}")
+def _sizes(known: Known, event: Event) -> Iterator[Precursor]:
+    reach = max(LR_STEPS * known.unit, 5 * known.interval)
+    for name, what, steps, values in known.sizes:
+        first, end = np.searchsorted(steps, [event.start - reach, event.start + known.blur(event) + 1])
+        for i in range(first, end)[-1:]:
+            text = f"the {what} went from {number(float(values[i, 0]))} to {number(float(values[i, 1]))}"
+            yield _at(event, name, int(steps[i]), f"{text} at step {int(steps[i])}")
 
 
-def _seams(log: Log, event: Event) -> Iterator[Precursor]:
-    reach = max(SEAM * step_size(log), 2 * interval(log))
-    for step in log.restarts:
-        if 0 <= event.start - step <= reach:
-            yield Precursor("restart", step, event.start - step, f"the run was started again at step {step}")
-    series = log.series.get(event.signal, (np.empty(0, np.int64), np.empty(0)))
+def _seams(known: Known, event: Event) -> Iterator[Precursor]:
+    reach, blur = max(SEAM * known.unit, 2 * known.interval), known.blur(event)
+    for step in known.log.restarts:
+        if -blur <= event.start - step <= reach:
+            yield _at(event, "restart", step, f"the run was started again at step {step}")
+    series = known.log.series.get(event.signal, (np.empty(0, np.int64), np.empty(0)))
     first = max(int(np.searchsorted(series[0], event.start - reach)) - 2, 0)
-    steps = series[0][first : int(np.searchsorted(series[0], event.start, side="right"))]
+    steps = series[0][first : int(np.searchsorted(series[0], event.start + blur, side="right"))]
     if len(steps) > 1:
         gaps = np.diff(steps)
-        for i in np.flatnonzero((gaps > 5 * interval(log)) & (event.start - steps[1:] <= reach))[-1:]:
+        for i in np.flatnonzero((gaps > 5 * known.interval) & (event.start - steps[1:] <= reach))[-1:]:
             text = f"the log has no steps between {int(steps[i])} and {int(steps[i + 1])}"
-            yield Precursor("gap", int(steps[i + 1]), event.start - int(steps[i + 1]), text)
+            yield _at(event, "gap", int(steps[i + 1]), text)
 
 
-def _validation(log: Log, event: Event) -> Iterator[Precursor]:
-    if "val_loss" not in log.series or event.signal == "val_loss":
+def _at(event: Event, signal: str, step: int, text: str) -> Precursor:
+    """Return what may also lie a little after the start that was found, because that is not known to the step."""
+    return Precursor(signal, step, max(event.start - step, 0), text)
+
+
+def _validation(known: Known, event: Event) -> Iterator[Precursor]:
+    if event.signal == "val_loss":
         return
-    steps, values = between(log.series["val_loss"], -np.inf, event.start)
-    good = np.isfinite(values)
-    steps, values = steps[good], values[good]
-    if len(values) < 4 or event.start - steps[-1] > 1000 * step_size(log):
+    steps, values = between(known.held_out, -np.inf, event.start)
+    if len(values) < 4 or event.start - steps[-1] > 1000 * known.unit:
         return
     ups = np.diff(values[-12:-1])
     usual = float(np.median(ups[ups > 0])) if (ups > 0).any() else 0.0

@@ -7,7 +7,7 @@ linear warm-up or decay are none, and the tail of a cosine, where all is near 0,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -63,17 +63,24 @@ class Rates:
         steps, values: the finite values, (N,).
         rises: see ``Rise``, in order.
         jumps: see ``Jump``, in order.
+        peak: the largest rate of the log.
+        jump_steps: the steps of the jumps, (J,).
     """
 
     steps: Ints
     values: Floats
     rises: tuple[Rise, ...]
     jumps: tuple[Jump, ...]
+    peak: float = field(init=False)
+    jump_steps: Ints = field(init=False)
 
-    @property
-    def peak(self) -> float:
-        """The largest rate of the log."""
-        return float(self.values.max())
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "peak", float(self.values.max()))
+        object.__setattr__(self, "jump_steps", np.array([jump.step for jump in self.jumps], dtype=np.int64))
+
+    def raised(self) -> set[int]:
+        """Return the steps at which the rate was raised: jumps upwards, and the ends of rises."""
+        return {jump.step for jump in self.jumps if jump.after > jump.before} | {rise.end for rise in self.rises}
 
     def at(self, step: float) -> float:
         """Return the rate that counts at a step: the last that was logged at or before it."""

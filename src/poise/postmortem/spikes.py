@@ -56,9 +56,13 @@ SETTLE: Final = 200
 
 LASTING: Final = 0.005
 ERRORS: Final = 4.0
-STEEP: Final = 0.2
+STEEP: Final = 0.25
 """Share of the loss's own fall over the stretch: where the curve is steep, its bend may pass for a step. Measured
-with the same fit where nothing happened: 0.1 to 0.2 of the fall in 95 of 100 places."""
+with the same fit where nothing happened: 0.1 to 0.2 of the fall in 95 of 100 places, more where it is beyond
+``BENT``."""
+
+BENT: Final = 0.3
+"""Fall of x over the stretch beyond which the fit does not hold."""
 
 TELLING: Final = 0.5
 """Share of the rise below which a step must be visible, for a comparison to tell anything."""
@@ -122,9 +126,9 @@ def recovery(trend: Trend, first: int, last: int, height: float) -> tuple[Recove
     """
     step = math.nan
     for settle in _delays(trend, last):
-        seen, error, change = offset(trend, first, last + 1 + trend.points(settle))
+        seen, error, change = offset(trend, first, last + 1 + trend.points(settle), max(settle, 1.0))
         unseen = max(ERRORS * error, STEEP * change, LASTING)
-        if math.isnan(seen) or unseen > max(TELLING * height, 2 * LASTING):
+        if math.isnan(seen) or unseen > max(TELLING * height, 2 * LASTING) or (change > BENT and settle > SETTLE):
             continue
         if seen <= unseen and not seen > GONE * step:  # far off less can be seen: what is no smaller has not gone
             return "returned", math.expm1(seen)
@@ -140,7 +144,7 @@ def recovery(trend: Trend, first: int, last: int, height: float) -> tuple[Recove
 def _delays(trend: Trend, last: int) -> list[float]:
     """Return the distances in steps at which the loss is compared: doubling, to the log's end; at least one."""
     left = float(trend.steps[-1] - trend.steps[last]) - reach_of(trend) / 2
-    found = [delay for k in range(40) if (delay := SETTLE * 2.0**k) <= left]
+    found = [delay for k in range(40) if 1.5 * (delay := SETTLE * 2.0**k) <= left]
     return found or [max(left / 2, 0.0), 0.0]
 
 
@@ -149,14 +153,14 @@ def reach_of(trend: Trend) -> float:
     return max(AFTER, AFTER_POINTS * trend.interval)
 
 
-def offset(trend: Trend, first: int, after: int) -> tuple[float, float, float]:
+def offset(trend: Trend, first: int, after: int, span: float = 0.0) -> tuple[float, float, float]:
     """Return by how much x steps up between two points, its error, and how far x falls over the stretch anyway.
 
-    x = a + b u + d u^2 + c [t is after], u = ln t, is fitted to ``AFTER`` steps on both sides; a loss falls nearly
+    x = a + b u + d u^2 + c [t is after], u = ln t, is fitted to ``span`` steps on both sides, at least ``AFTER``; a loss falls nearly
     evenly along ln t, so that what is left is the step c. Points far off are left out and the fit is done again. NaN
     where too little is known.
     """
-    n, reach = len(trend.x), trend.points(reach_of(trend))
+    n, reach = len(trend.x), trend.points(max(reach_of(trend), span))
     before_at, after_at = np.arange(max(0, first - reach), first), np.arange(after, min(n, after + reach))
     if min(len(before_at), len(after_at)) < 4:
         return math.nan, math.nan, math.nan

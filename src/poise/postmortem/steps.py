@@ -19,6 +19,18 @@ LOOK_AT: Final = 10_000
 BENIGN_KINDS: Final = frozenset({"data_outlier", "early_transient", "grad_spike"})
 """Kinds that need no reaction."""
 
+KNOWN_KINDS: Final = SPIKE_KINDS | BENIGN_KINDS | {"collapse", "plateau", "logit_growth"}
+"""Kinds that the explanations know; a note of any other kind needs no reaction either."""
+
+LOSSES: Final = ("loss", "val_loss")
+"""Series whose trouble is the loss's."""
+
+SHIFT_BLUR: Final = 10
+"""Steps to which the start of a level shift is known."""
+
+FACTOR: Final = 4.0
+"""Relative rises from here on (+400 %) are told as factors."""
+
 
 def curve(log: Log) -> tuple[Ints, Floats]:
     """Return the series that the log is about: its loss, else what there is instead."""
@@ -71,16 +83,43 @@ def between(series: tuple[Ints, Floats], first: float, last: float) -> tuple[Int
     return steps[low:high], values[low:high]
 
 
-def lost_until(log: Log, event: Event) -> int:
-    """Return the last step off the trend: the log's last where the loss never came back."""
-    steps, _ = curve(log)
-    return int(steps[-1]) if event.recovery == "never" and len(steps) else event.end
+def benign(event: Event) -> bool:
+    """Return whether an event needs no reaction by its kind: known to be harmless, or a note of a kind not known."""
+    return event.kind in BENIGN_KINDS or (event.severity == "note" and event.kind not in KNOWN_KINDS)
+
+
+def of_loss(event: Event) -> bool:
+    """Return whether an event is one of the loss, and not of a gradient norm or of logits."""
+    return event.signal in LOSSES
 
 
 def number(value: float) -> str:
-    """Return a value for a sentence.
+    """Return a value for a sentence; large ones without an exponent, as far as that can be read.
 
-    >>> number(0.000123456), number(4.0), number(float("nan"))
-    ('0.000123', '4', 'NaN')
+    >>> number(0.000123456), number(4.0), number(65536.0), number(12345.6), number(3e8), number(float("nan"))
+    ('0.000123', '4', '65536', '12346', '3e+08', 'NaN')
     """
-    return "NaN" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1e4 else f"{value:.4g}"
+    if math.isnan(value):
+        return "NaN"
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
+def rise_text(rise: float) -> str:
+    """Return a relative rise in per cent, as a factor where it is large.
+
+    >>> rise_text(0.379), rise_text(-0.021), rise_text(56.5)
+    ('+38 %', '-2.1 %', 'x 57.5')
+    """
+    if rise >= FACTOR:
+        return f"x {1 + rise:.3g}" if rise < 1e3 else f"x {1 + rise:.1e}"
+    return f"{100 * rise:+.0f} %" if abs(rise) >= 0.095 else f"{100 * rise:+.2g} %"
+
+
+def nth(count: int) -> str:
+    """Return an ordinal number.
+
+    >>> nth(1), nth(2), nth(11), nth(20), nth(103)
+    ('1st', '2nd', '11th', '20th', '103rd')
+    """
+    ending = "th" if count % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(count % 10, "th")
+    return f"{count}{ending}"

@@ -108,6 +108,7 @@ class Source:
         settings: what the log says of its run's settings, by the log's own names.
         line: number of the line that ``lines`` gave last, from 1.
         at_end: whether that line is the file's last.
+        unfinished: whether that line is the file's last and has no line end: it may have been cut off.
 
     Raises:
         OSError: the file cannot be opened.
@@ -120,6 +121,7 @@ class Source:
         self.settings: dict[str, str] = {}
         self.line = 0
         self.at_end = False
+        self.unfinished = False
         self._open = _opener(path)
         with self.binary() as file:
             self.head = b"".join(_pieces(file))
@@ -145,6 +147,7 @@ class Source:
                 raw, ahead = ahead, self._next(text)
                 self.line += 1
                 self.at_end = not ahead
+                self.unfinished = self.at_end and not raw.endswith("\n")
                 line = clean(raw)
                 if not line.strip():
                     self.notes.add("blank line left out", self.where)
