@@ -91,7 +91,7 @@ def _of_loss(steps: Ints, values: Floats, unit: str = "") -> list[Event]:
             _block(trend, blocked, event)
     for event in departures(trend, blocked):
         if event.kind == "chaotic":
-            found = [other for other in found if other.kind != "collapse" or not _overlap(other, event)]
+            found = [other for other in found if other.kind != "collapse" or not _near(other, event)]
         found.append(event)
         _block(trend, blocked, event)
     for rise in spikes.rises(trend, blocked):

@@ -31,6 +31,17 @@ from poise.postmortem.trend import MAD_TO_SIGMA, SIGMA_FLOOR, Bools, Trend, grow
 BARS: Final = ((6.0, math.log(1.04)), (10.0, math.log(1.015)))
 """(deviations, rise): a point above both numbers of one pair seeds a rise."""
 
+MEANS: Final = (10, 20, 40)
+"""Steps over which the loss is averaged to find low rises that last."""
+
+NOISY: Final = math.log(1.12)
+"""Where a single point must rise so far to stand out, means are looked at, too."""
+
+MEAN_BAR: Final = 8.0
+LEAST_MEAN: Final = math.log(1.02)
+CLIP: Final = 4.0
+"""Deviations at which a point counts no more in such a mean."""
+
 SUSTAINED: Final = (4.0, math.log(1.02))
 ODD_BAR: Final = (5.5, math.log(1.04))
 """The same for an odd batch, which is a note only."""
@@ -110,7 +121,7 @@ def rises(trend: Trend, blocked: Bools) -> list[Rise]:
             found[-1] = _rise(trend, before.first, rise.last)
         else:
             found.append(rise)
-    return found
+    return sorted([*found, *_low(trend, blocked, found)], key=lambda rise: rise.first)
 
 
 def recovery(trend: Trend, first: int, last: int, height: float) -> tuple[Recovery, float]:
@@ -210,6 +221,42 @@ def _sustained(trend: Trend) -> Bools:
     middle = running_median(trend.residual, 2)
     out: Bools = middle > np.maximum(trend.heaviness * SUSTAINED[0] * trend.sigma, SUSTAINED[1])
     return out
+
+
+def _low(trend: Trend, blocked: Bools, known: list[Rise]) -> list[Rise]:
+    """Return rises that only means over several points show: low ones that last, in a noisy log."""
+    n = len(trend.x)
+    if n < 4 * YOUNG or BARS[0][0] * float(np.median(trend.sigma)) < NOISY:
+        return []  # single points show as much
+    taken, tail = blocked.copy(), trend.points(AFTER)
+    for rise in known:
+        taken[max(0, rise.first - 2) : rise.last + (3 if rise.odd else tail)] = True
+    kept = np.clip(np.where(taken, 0.0, trend.residual), -CLIP * trend.sigma, CLIP * trend.sigma)
+    found: list[Rise] = []
+    for steps in MEANS:
+        width = trend.points(steps)
+        if width < 5 or n < 8 * width:
+            continue
+        mean = np.convolve(kept, np.full(width, 1.0 / width), mode="same")
+        noise = MAD_TO_SIGMA * float(np.median(np.abs(mean[~taken]))) + SIGMA_FLOOR
+        high = np.flatnonzero((mean > max(MEAN_BAR * trend.heaviness * noise, LEAST_MEAN)) & ~taken)
+        for group in np.split(high, np.flatnonzero(np.diff(high) > width) + 1):
+            if not len(group) or group[0] < 2 * YOUNG or taken[group].any():
+                continue
+            peak = int(group[np.argmax(mean[group])])
+            up = mean > max(2.0 * noise, 0.3 * float(mean[peak]))
+            first, last = peak, peak
+            while first > 0 and up[first - 1]:
+                first -= 1
+            while last < n - 1 and up[last + 1]:
+                last += 1
+            half = width // 2
+            first, last = min(first + half, peak), max(last - half, peak)
+            top = first + int(np.argmax(trend.residual[first : last + 1]))
+            rise = Rise(first, last, top, odd=False)
+            found.append(rise)
+            taken[max(0, first - tail) : last + tail] = True
+    return found
 
 
 def _above_before(trend: Trend, rise: Rise) -> bool:
