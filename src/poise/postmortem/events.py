@@ -94,8 +94,9 @@ def _of_loss(steps: Ints, values: Floats, unit: str = "") -> list[Event]:
             found = [other for other in found if other.kind != "collapse" or not _near(other, event)]
         found.append(event)
         _block(trend, blocked, event)
-    for rise in spikes.rises(trend, blocked):
-        event = _spike(trend, rise)
+    few = len(trend.x) < spikes.FEW
+    for rise in spikes.rises_of_few(trend, blocked) if few else spikes.rises(trend, blocked):
+        event = _spike_of_few(trend, rise) if few else _spike(trend, rise)
         longer = next((i for i, other in enumerate(found) if _overlap(event, other)), None)
         if longer is not None:  # the ragged edge of something longer
             found[longer] = dataclasses.replace(found[longer], end=max(found[longer].end, event.end))
@@ -156,6 +157,23 @@ def _spike(trend: Trend, rise: spikes.Rise) -> Event:
         points=rise.last - rise.first + 1,
         recovery=came_back,
         lasting=lasting,
+    )
+
+
+def _spike_of_few(trend: Trend, rise: spikes.Rise) -> Event:
+    """Return a rise of a short log, measured against the points before it."""
+    level = float(np.median(trend.x[max(0, rise.first - 8) : rise.first]))
+    over = rise.last < len(trend.x) - 1
+    return Event(
+        kind="data_outlier" if rise.odd else "fast_spike",
+        severity="note" if rise.odd else "warning",
+        start=int(trend.steps[rise.first]),
+        peak=int(trend.steps[rise.peak]),
+        end=int(trend.steps[rise.last]),
+        baseline=math.exp(level),
+        value=math.exp(float(trend.x[rise.peak])),
+        points=rise.last - rise.first + 1,
+        recovery="returned" if over else "open",
     )
 
 

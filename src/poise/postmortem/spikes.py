@@ -46,6 +46,9 @@ SUSTAINED: Final = (4.0, math.log(1.02))
 ODD_BAR: Final = (5.5, math.log(1.04))
 """The same for an odd batch, which is a note only."""
 
+TALL: Final = math.log(1.8)
+"""Height from which on the tail of a spike is looked for."""
+
 BACK: Final = 3.0
 """Deviations within which a point is back on the trend."""
 
@@ -55,8 +58,12 @@ JOIN: Final = 75
 SHORTEST: Final = 6
 """Steps within which a point alone, between two that are not raised, shows an odd batch."""
 
-YOUNG: Final = 20
-"""Logged points before which the trend is not known well enough."""
+FEW: Final = 60
+"""Points below which a log has no trend to speak of."""
+
+FEW_BAR: Final = math.log(1.1)
+YOUNG, YOUNG_STEPS, YOUNG_LEAST = 20, 100, 8
+"""Logged points before which the trend is not known well enough; in sparse logs fewer, that hold so many steps."""
 
 AFTER: Final = 200
 """Steps that are looked at before and after a spike to tell whether it left something."""
@@ -109,11 +116,13 @@ def rises(trend: Trend, blocked: Bools) -> list[Rise]:
         sure |= r > np.maximum(heavy * deviations * sigma, least)
     seeds = sure | (r > np.maximum(heavy * ODD_BAR[0] * sigma, ODD_BAR[1]))
     seeds &= ~blocked
-    seeds[: min(YOUNG, len(r) // 2)] = False
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], grown(seeds, r > BACK * sigma).astype(np.int8), [0]])))
+    seeds[: min(YOUNG, max(YOUNG_LEAST, trend.points(YOUNG_STEPS)), len(r) // 2)] = False
+    edges = np.flatnonzero(
+        np.diff(np.concatenate([[0], grown(seeds, r > BACK * sigma, trend.interval).astype(np.int8), [0]]))
+    )
     found: list[Rise] = []
     for first, end in edges.reshape(-1, 2):
-        rise = _rise(trend, int(first), int(end) - 1)
+        rise = _rise(trend, int(first), _tail(trend, int(first), int(end) - 1))
         if (not rise.odd and not sure[first:end].any()) or not _above_before(trend, rise):
             continue
         before = found[-1] if found else None
@@ -122,6 +131,35 @@ def rises(trend: Trend, blocked: Bools) -> list[Rise]:
         else:
             found.append(rise)
     return sorted([*found, *_low(trend, blocked, found)], key=lambda rise: rise.first)
+
+
+def rises_of_few(trend: Trend, blocked: Bools) -> list[Rise]:
+    """Return rises of a log of too few points for a trend: above the median of the points before it.
+
+    A loss does not rise by itself, so that what came before says what would have been. The noise is that of
+    neighbouring points, without their largest changes.
+    """
+    x, n = trend.x, len(trend.x)
+    changes = np.sort(np.abs(np.diff(x)))
+    noise = MAD_TO_SIGMA * float(np.median(changes[: max(3, (2 * len(changes)) // 3)])) / math.sqrt(2) + SIGMA_FLOOR
+    bar = max(BARS[0][0] * noise, FEW_BAR)
+    found: list[Rise] = []
+    i = 2
+    while i < n:
+        level = float(np.median(x[max(0, i - 8) : i]))
+        if blocked[i] or x[i] - level <= bar:
+            i += 1
+            continue
+        first = i
+        while i + 1 < n and x[i + 1] - level > max(3.0 * noise, 0.1 * float(x[first : i + 1].max() - level)):
+            i += 1
+        while first > 1 and x[first - 1] - level > 3.0 * noise:
+            first -= 1
+        peak = first + int(np.argmax(x[first : i + 1]))
+        odd = first == i and i + 1 < n and trend.interval * 2 <= SHORTEST
+        found.append(Rise(first, i, peak, odd))
+        i += 1
+    return found
 
 
 def recovery(trend: Trend, first: int, last: int, height: float) -> tuple[Recovery, float]:
@@ -167,9 +205,9 @@ def reach_of(trend: Trend) -> float:
 def offset(trend: Trend, first: int, after: int, span: float = 0.0) -> tuple[float, float, float]:
     """Return by how much x steps up between two points, its error, and how far x falls over the stretch anyway.
 
-    x = a + b u + d u^2 + c [t is after], u = ln t, is fitted to ``span`` steps on both sides, at least ``AFTER``; a loss falls nearly
-    evenly along ln t, so that what is left is the step c. Points far off are left out and the fit is done again. NaN
-    where too little is known.
+    x = a + b u + d u^2 + c [t is after], u = ln t, is fitted to ``span`` steps on both sides, at least ``AFTER``; a
+    loss falls nearly evenly along ln t, so that what is left is the step c. Points far off are left out and the fit is
+    done again. NaN where too little is known.
     """
     n, reach = len(trend.x), trend.points(max(reach_of(trend), span))
     before_at, after_at = np.arange(max(0, first - reach), first), np.arange(after, min(n, after + reach))
@@ -194,6 +232,28 @@ def offset(trend: Trend, first: int, after: int, span: float = 0.0) -> tuple[flo
     error = float(left.std() * widened * math.sqrt(max(covariance[2, 2], 0.0)))
     smooth = fitted[1] * u + fitted[3] * u * u
     return float(fitted[2]), error, float(smooth.max() - smooth.min())
+
+
+def _tail(trend: Trend, first: int, last: int) -> int:
+    """Return the last point of a tall spike, whose tail has lifted the trend.
+
+    The trend inside it is put on the line between the points before it and those that follow it at its own length.
+    """
+    height = float(trend.residual[first : last + 1].max())
+    length = last - first + 1
+    before = trend.x[max(0, first - 20) : first]
+    after = trend.x[last + 1 + length : last + 1 + length + max(20, length)]
+    if height < TALL or len(before) < 5 or len(after) < 10:
+        return last
+    left, right = float(np.median(before)), float(np.median(after))
+    middle = last + 1 + length + len(after) // 2
+    end = last
+    while end + 2 < middle:
+        line = left + (right - left) * (end + 1 - first) / max(middle - first, 1)
+        if float(np.mean(trend.x[end + 1 : end + 4])) - line <= BACK * float(trend.sigma[end + 1]) / math.sqrt(3):
+            break
+        end += 1
+    return end
 
 
 def _rise(trend: Trend, first: int, last: int) -> Rise:

@@ -45,6 +45,9 @@ ROUNDS: Final = 3
 SEED: Final = 4.0
 """Deviations above the level from which on a point must not count for it."""
 
+BRIDGED: Final = 6.0
+"""Steps between two logged points up to which a point that is not raised may lie within a rise."""
+
 RAISED: Final = 2.0
 """Deviations above the level that a neighbour of such a point has, when it belongs to the same rise."""
 
@@ -104,7 +107,7 @@ def fit(steps: Ints, values: Floats) -> Trend:
     for _ in range(ROUNDS):
         level = _level(steps, kept, half)
         sigma = _sigma(x - level, raised, half, x)
-        found = grown(x - level > SEED * sigma, x - level > RAISED * sigma)
+        found = grown(x - level > SEED * sigma, x - level > RAISED * sigma, interval)
         if not (found & ~raised).any():
             break
         raised |= found
@@ -146,15 +149,13 @@ def bridged(x: Floats, raised: Bools) -> Floats:
     return out
 
 
-def grown(seeds: Bools, raised: Bools) -> Bools:
-    """Return the stretches of ``raised`` that hold a seed; a gap of up to two points is bridged."""
+def grown(seeds: Bools, raised: Bools, interval: float = 1.0) -> Bools:
+    """Return the stretches of ``raised`` that hold a seed; gaps of two points are bridged, of fewer in sparse logs."""
     wide = raised | seeds
-    inner = np.zeros(len(wide), dtype=bool)
-    for shift in (1, 2):
-        left = np.concatenate([np.zeros(shift, bool), wide[:-shift]])
-        for back in (1, 2):
-            inner |= left & np.concatenate([wide[back:], np.zeros(back, bool)])
-    wide |= inner
+    at = np.flatnonzero(wide)
+    bridge = 2 if interval <= BRIDGED / 2 else 1 if interval <= BRIDGED else 0
+    for i in np.flatnonzero((np.diff(at) > 1) & (np.diff(at) <= bridge + 1)):
+        wide[at[i] : at[i + 1]] = True
     edges = np.flatnonzero(np.diff(np.concatenate([[0], wide.astype(np.int8), [0]]))).reshape(-1, 2)
     out = np.zeros(len(wide), dtype=bool)
     total = np.concatenate([[0], np.cumsum(seeds)])
