@@ -84,9 +84,9 @@ def test_guard_values_and_columns(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         ([], "required: LOG"),
         (["nowhere.csv"], "no log 'nowhere.csv'"),
-        (["text.txt"], "looked for: a poise run folder"),
+        (["text.txt"], "is no log that can be read"),
         (["empty.csv"], "is empty"),
-        (["."], "no journal.jsonl"),
+        (["."], "name one of them"),
         (["a.csv", "--guard.enabledd", "true"], "did you mean 'guard.enabled'"),
         (["a.csv", "--optim.lr", "1"], "unknown key 'optim.lr'"),
         (["a.csv", "--guard.mode", "halt"], "only observes"),
