@@ -89,7 +89,7 @@ def _lines(tracer: Tracer, blame: Blame, rows: Sequence[Row], arguments: argpars
             begins = "" if one.document_start == 0 else f", from its token {one.document_start} on"
             yield (
                 f"  tokens {one.span[0]} to {one.span[1] - 1}: {one.origin} "
-                f"(document {one.document}, bytes {one.offset} to {one.offset + one.bytes - 1}{begins})"
+                f"(document {one.document}, which is bytes {one.offset} to {one.offset + one.bytes - 1}{begins})"
             )
         yield text if arguments.row is not None else "  " + _excerpt(text)
     if arguments.window is not None:
