@@ -1,6 +1,8 @@
 """Damaged logs: mutated inputs for every reader. Nothing may crash, and none may take long.
 
-    python benchmarks/diagnose_fuzz.py [--count 100000] [--only NAME] [--seed 0]
+    python benchmarks/diagnose_fuzz.py [--count 100000] [--only GROUP ...] [--seed 0]
+
+``--count`` inputs go to every group of readers, shared out evenly among its formats.
 
 For every format a small healthy log is made, in that format, and then cut, shuffled, doubled, overwritten with random
 bytes or with what breaks parsers (NaN, huge numbers, unclosed brackets, NUL bytes, long lines), or joined with another
@@ -173,6 +175,21 @@ SAMPLES: dict[str, bytes] = {
 """Format -> a small log of it."""
 
 
+GROUPS = {
+    "tables": ("table", "jsonl", "journal"),
+    "huggingface": ("hf", "hf_stdout"),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "megatron": ("megatron", "golden_values", "nanotron", "deepspeed"),
+    "mlperf": ("mllog",),
+    "llmc": ("llmc", "llmc_log"),
+    "nanogpt": ("nanogpt", "modded"),
+    "torchtitan": ("torchtitan",),
+    "olmo": ("olmo",),
+    "stdout": ("stdout",),
+}
+
+
 def mutated(rng: random.Random, data: bytes) -> bytes:
     """Return ``data`` damaged in one to four ways."""
     for _ in range(rng.randint(1, 4)):
@@ -211,8 +228,8 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Damaged logs for every reader.")
-    parser.add_argument("--count", type=int, default=2000, help="inputs for each format (default 2000)")
-    parser.add_argument("--only", choices=sorted(SAMPLES), help="one format")
+    parser.add_argument("--count", type=int, default=2000, help="inputs for each group (default 2000)")
+    parser.add_argument("--only", nargs="+", choices=sorted(GROUPS), default=list(GROUPS), help="these groups alone")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     memory = Path("/dev/shm")
@@ -220,16 +237,15 @@ def main() -> None:
     crashes = slow = 0
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         path = Path(temporary) / "log"
-        for name, sample in SAMPLES.items():
-            if options.only not in (None, name):
-                continue
+        for name, count in [(name, options.count // len(GROUPS[g])) for g in options.only for name in GROUPS[g]]:
+            sample = SAMPLES[name]
             path.write_bytes(sample)
             healthy = read_log(path)
             assert len(healthy.series["loss"][0]) == ROWS, f"{name}: the healthy sample is not read"
             rng = random.Random(f"{options.seed} {name}")
             outcomes: Counter[str] = Counter()
             longest, began = 0.0, time.perf_counter()
-            for number in range(options.count):
+            for number in range(count):
                 data = mutated(rng, sample)
                 path.write_bytes(data)
                 start = time.perf_counter()
@@ -253,7 +269,7 @@ def main() -> None:
             counts = ", ".join(f"{n} {what}" for what, n in sorted(outcomes.items()))
             print(
                 f"{name:<14} as {healthy.format:<14} {counts}; slowest {1000 * longest:.0f} ms, "
-                f"mean {1000 * (time.perf_counter() - began) / options.count:.2f} ms",
+                f"mean {1000 * (time.perf_counter() - began) / max(count, 1):.2f} ms",
                 flush=True,
             )
     print(f"{crashes} crashes, {slow} formats with an input slower than {SLOW:g} s")
