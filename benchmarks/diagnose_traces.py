@@ -6,7 +6,8 @@ PATH_TO_TRACES is a folder with ``NAME.csv`` and ``NAME.labels.json`` as for ``s
 sources holds here too. The curves are not part of this repository.
 
 How it is scored. A labelled event is found when an event of severity warning or critical (for a benign one: of any)
-overlaps it, or begins within the 2 steps before it. A false event is one of severity warning or critical that lies outside all
+overlaps it, or begins within the 2 steps before it.
+A false event is one of severity warning or critical that lies outside all
 labels by more than 5 steps; false ones at most 50 steps apart are one cluster. Benign outliers count as recognised when
 the event there is a note. The end is the last step off the trend, compared with the label's for spikes.
 

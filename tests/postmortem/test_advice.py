@@ -130,3 +130,81 @@ def test_distances_in_a_log_of_samples_are_scaled() -> None:
 
     unknown = Log(Path("a"), "a", "mllog", {"loss": (steps, np.full(2000, 3.0))}, step_unit="tokens")
     assert target(advice(event("level_shift", start=64000), log=unknown)) == 64000 - 100 * 64, "a point for a step"
+
+
+RISEN = Precursor("lr", 4990, 10, "the learning rate went from 0.0001 to 0.0003 (+200 %) at step 4990")
+SCHEDULE = Cause("schedule", "schedule", "likely", (RISEN.text,))
+
+
+def with_rate(last: int = 10000) -> Log:
+    steps = np.arange(1, last + 1)
+    lr = np.where(steps < 4990, 1e-4, 3e-4)
+    return Log(Path("a"), "a", "table", {"loss": (steps, np.full(last, 3.0)), "lr": (steps, lr)})
+
+
+@pytest.mark.parametrize("kind", ["level_shift", "fast_spike"])
+def test_what_the_schedule_did_is_not_rolled_back(kind: str) -> None:
+    shift = event(kind, cause=SCHEDULE, precursors=(RISEN,))
+    found = advice(shift, log=with_rate())
+    assert found.action == "wait" and found.text.startswith("Expected from the schedule: with a higher learning rate")
+    assert "smaller" in found.text and "warm up" in found.text and "2308.04014" in found.source
+    assert "skip the data" not in found.text and "Go back" not in found.text
+    batch = Precursor("global batch size", 4990, 10, "the batch size went from 16 to 32")
+    sized = advice(event(kind, cause=SCHEDULE, precursors=(batch,)))
+    assert "batch size" in sized.text and "higher learning rate" not in sized.text and sized.action == "wait"
+    assert "no published practice" in sized.source
+    slow = advice(event("slow_divergence", cause=SCHEDULE, precursors=(RISEN,)), log=with_rate())
+    assert slow.action == "lower_lr" and "Skipping data cannot help" in slow.text
+    back = advice(event(kind, cause=SCHEDULE, recovery="returned"))
+    assert "Waiting was right" not in back.text and "Expected from the schedule" in back.text
+
+
+def test_waiting_is_for_steps_that_are_still_to_come() -> None:
+    for start, end in ((9990, 9995), (9000, 9980), (9850, 9880), (5000, 5030)):
+        found = advice(event(start=start, peak=start + 3, end=end, recovery="open"))
+        ahead = [int(s) for s in re.findall(r"(?:until|at) step (\d+):", found.text)]
+        assert all(step > 10000 for step in ahead), found.text
+        assert bool(ahead) == (end > 9900)
+        assert (found.action == "wait") == bool(ahead) and ("cannot be told" in found.text) != bool(ahead)
+
+
+def test_a_spike_that_ends_in_nan_shares_its_advice() -> None:
+    nan = event("nonfinite", start=5040, peak=5040, end=10000, value=math.nan, cause=Cause("too-high LR"))
+    spike = event(recovery="open")
+    assert advice(spike, [nan]) == advice(nan, [spike])
+    assert advice(nan, [spike]).action == "roll_back" and target(advice(nan, [spike])) == 4900
+    assert "second trouble" not in advice(nan, [spike]).text, "it is one trouble"
+    far = event("nonfinite", start=6000, peak=6000, end=6000, value=math.nan)
+    assert advice(spike, [far]).action == "nothing"
+    single = event("nonfinite", start=5040, peak=5040, end=5040, value=math.nan, recovery="returned")
+    assert advice(spike, [single]).action == "nothing"
+
+
+def test_nan_that_leaves_the_run_alone() -> None:
+    start_up = event("nonfinite", start=1, peak=1, end=3, recovery="returned", cause=Cause("start-up"))
+    assert advice(start_up).action == "nothing" and "loss scale" in advice(start_up).text
+    regular = Cause("periodic", evidence=("the loss is not finite at every 20th step (12 times)",))
+    found = advice(event("nonfinite", recovery="never", cause=regular))
+    assert "every 20th step" in found.text and "Do not go back" in found.text and "batch" in found.text
+
+
+def test_waiting_was_right_only_where_it_was_short() -> None:
+    short = advice(event(recovery="returned", end=5030))
+    assert "Waiting was right" in short.text and "within 25 steps" in short.text
+    assert "within 1 step of" in advice(event(recovery="returned", end=5006)).text
+    long = advice(event(recovery="returned", end=5900))
+    assert "900 steps after it began" in long.text and "Waiting was right" not in long.text
+    assert "Next time" in long.text and "cost less" in long.text and "PaLM" in long.source
+    assert long.action == "wait" and "Go back" not in long.text
+    hot = advice(event(recovery="returned", end=5900, cause=Cause("too-high LR", "schedule", "possible")))
+    assert "900 steps" in hot.text and "cost less" not in hot.text, "other data do not mend a rate"
+
+
+def test_an_odd_batch_that_is_not_odd_by_itself_and_kinds_not_known() -> None:
+    alone = event("data_outlier", severity="note", cause=Cause(evidence=("this batch is not odd by itself",)))
+    assert "one odd batch" not in advice(alone).text and advice(alone).action == "nothing"
+    assert "one odd batch" in advice(event("data_outlier", severity="note", cause=Cause("data outlier"))).text
+    drop = event("level_drop", severity="note", recovery="never")
+    assert advice(drop).action == "nothing" and advice(drop).source
+    epoch = advice(event("collapse", cause=Cause("epoch boundary", "data", "possible")))
+    assert "epochs" in epoch.text and "Do not trust" not in epoch.text

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from poise.core.journal import to_json
-from poise.postmortem.compare import Comparison, compare, explain_with
+from poise.postmortem.compare import Comparison, _binomial, _mostly, compare, explain_with
+from poise.postmortem.diagnosis import beside, diagnose
 from poise.postmortem.event import Cause, Event
 from poise.postmortem.log import Log, read_log
 
@@ -212,3 +213,27 @@ def test_other_orders_and_other_seeds(a: str, b: str) -> None:
     one, two = labelled(a), labelled(b)
     found = compare(one[0], two[0], one[1], two[1])
     assert (found.order, found.verdict) == ("other", "cannot tell") and abs(found.correlation) < 0.1
+
+
+def test_half_of_the_odd_batches_are_no_verdict() -> None:
+    assert pair({"odd": [500, 1200]}, {"odd": [500]}).verdict == "cannot tell"
+    assert pair({"odd": [500, 1200, 1900]}, {"odd": [500, 1200]}).verdict == "data", "two by chance are rare"
+    assert pair({"odd": [500, 1200, 1900]}, {"odd": [500]}).verdict == "not (only) data"
+    assert pair({"spikes": [600, 1300]}, {"spikes": [600, 2500]}).verdict == "cannot tell"
+
+
+def test_the_bar_of_the_verdict() -> None:
+    assert not _mostly(1, 2, 0.001) and _mostly(2, 3, 0.001) and not _mostly(2, 3, 0.02)
+    assert _mostly(4, 5, 0.02) and not _mostly(2, 2, 0.02) and not _mostly(4, 5, 0.2)
+    assert _binomial(1, 3, 0.1) == pytest.approx(1 - 0.9**3) and _binomial(0, 4, 0.3) == pytest.approx(1.0)
+
+
+def test_a_batch_that_is_not_odd_in_the_other_run_is_told_without_a_contradiction() -> None:
+    one, two = run("one", batches(0), 10, odd=[500]), run("two", batches(0), 20)
+    loss = two.series["loss"][1].copy()
+    loss[499] *= 0.98
+    two = dataclasses.replace(two, series={"loss": (STEPS, loss)})
+    told, _ = beside(diagnose(one), diagnose(two))
+    (outlier,) = [e for e in told.events if e.start == 500]
+    assert "deviations below its trend" in outlier.cause.evidence[0] and "-" not in outlier.cause.evidence[0]
+    assert "one odd batch" not in outlier.advice.text and outlier.advice.action == "nothing"

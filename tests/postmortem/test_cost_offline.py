@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.postmortem.cost import cost, counts_tokens, total_cost
-from poise.postmortem.event import Event
+from poise.postmortem.cost import cost, total_cost
+from poise.postmortem.event import Cause, Event
+from poise.postmortem.known import counts_tokens
 from poise.postmortem.log import Log
 
 
@@ -69,3 +70,27 @@ def test_overlapping_events_are_counted_once(spans: list[tuple[int, int]], every
     total = total_cost(events, log, 3)
     assert total.steps == len(lost) and total.tokens == 3 * len(lost)
     assert total.ettr == pytest.approx(1 - len(lost) / (600 + every))
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_of_nan_only_the_rows_without_a_loss_are_lost(every: int) -> None:
+    steps = np.arange(0, 1000, every)
+    loss = np.full(len(steps), 3.0)
+    bad = [20, 40, 41, 60]
+    loss[bad] = np.nan
+    log = log_of(steps, loss=loss)
+    nan = event(20 * every, 60 * every, "nonfinite", value=np.nan)
+    assert cost(log, nan, 10).steps == 4 * every and cost(log, nan, 10).tokens == 40 * every
+    assert total_cost([nan, event(40 * every, 44 * every)], log).steps == (2 + 5) * every
+    loss[-7:] = np.inf
+    last = event(int(steps[-7]), int(steps[-1]), "nonfinite", recovery="never")
+    assert cost(log_of(steps, loss=loss), last, None).steps == 7 * every
+
+
+def test_a_gradient_norm_and_an_epoch_cost_nothing() -> None:
+    log = log_of(np.arange(1, 1001), grad_norm=np.full(1000, np.nan))
+    assert cost(log, event(1, 1000, "nonfinite", signal="grad_norm", recovery="never"), None).steps == 0
+    epoch = event(500, 600, "collapse", recovery="never", cause=Cause("epoch boundary"))
+    assert cost(log, epoch, None).steps == 0
+    assert cost(log, event(500, 600, "collapse", recovery="never"), None).steps == 501
+    assert cost(log, event(500, 600, "level_drop", severity="note", recovery="never"), None).steps == 0

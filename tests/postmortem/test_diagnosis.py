@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from poise.core.journal import to_json
 from poise.postmortem.cost import total_cost
 from poise.postmortem.diagnosis import Diagnosis, diagnose, explain, headline, health_of
-from poise.postmortem.event import Event, Kind, Recovery
+from poise.postmortem.event import Cause, Event, Kind, Recovery
 from poise.postmortem.log import Log, read_log
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -48,7 +48,7 @@ def say(log: Log, *events: Event) -> tuple[str, str]:
 def test_a_healthy_log() -> None:
     found = diagnose(log_of(healthy()))
     assert (found.health, found.events, found.lost_steps, found.ettr) == ("healthy", (), 0, 1.0)
-    assert found.headline == "Healthy: nothing that needs a reaction in 3000 points, steps 1 to 3000."
+    assert found.headline == "Healthy: nothing that needs a reaction in 3,000 points, steps 1 to 3000."
     assert (found.format, found.points, found.notes) == ("table", 3000, ("a note",))
 
 
@@ -57,7 +57,7 @@ def test_a_spike_that_came_back_with_its_run_up() -> None:
     loss[1500:1540] *= 1 + 0.5 * np.exp(-np.arange(40) / 12.0)
     norm[1496:1500] = [0.95, 2.4, 16.0, 145.0]
     found = diagnose(log_of(loss, grad_norm=norm * np.exp(0.05 * healthy())), tokens_per_step=1000)
-    assert found.health == "events" and found.headline.startswith("1 loss spike in 3000 points")
+    assert found.health == "events" and found.headline.startswith("1 loss spike in 3,000 points")
     (spike,) = found.events
     assert abs(spike.start - 1501) <= 2 and spike.recovery == "returned"
     assert spike.precursors[0].signal == "grad_norm" and spike.precursors[0].lead >= 2
@@ -111,11 +111,11 @@ def test_health_and_headline_by_what_stayed() -> None:
     log = log_of(healthy())
     assert say(log, event(), event(start=2000, recovery="open"))[0] == "events"
     health, text = say(log, event(), event("level_shift", 2000, recovery="partly", lasting=0.021))
-    assert health == "damaged" and "level shift at step 2000" in text and "+2.1%" in text
+    assert health == "damaged" and "level shift at step 2000" in text and "stayed up (+2.1 %;" in text
     health, text = say(log, event("slow_divergence", 2000, recovery="never", end=3000))
-    assert health == "diverged" and "climbs" in text and "1001 steps (33.4%) lost" in text
+    assert health == "diverged" and "climbs" in text and "1,001 steps (33.4%) lost" in text
     health, text = say(log, event(), event(start=1500))
-    assert text == "2 loss spikes in 3000 points, steps 1 to 3000, all back on trend; 62 steps (2.1%) lost."
+    assert text == "2 loss spikes in 3,000 points, steps 1 to 3000, all back on trend; 62 steps (2.1%) lost."
     assert say(log, event("grad_spike", signal="grad_norm", severity="note"))[0] == "healthy"
     assert "open" in say(log, event(start=2990, recovery="open"))[1]
     assert "growth of attention logits" in say(log, event("logit_growth", signal="max logit"))[1]
@@ -175,10 +175,13 @@ def test_no_log_is_too_odd(data: st.DataObject) -> None:
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_the_shortest_logs(n: int) -> None:
     found = diagnose(log_of(np.full(n, 3.0)))
-    assert found.health == "healthy" and found.points == n
+    assert found.health == "unknown" and found.points == n
+    assert found.headline == f"Too short to judge ({n} point{'s' * (n > 1)})."
     json.loads(to_json(found.record()))
     no_loss = Log(Path("v"), "v", "table", {"val_loss": (np.arange(n), np.full(n, 2.0))})
-    assert diagnose(no_loss).health == "healthy"
+    assert diagnose(no_loss).health == "unknown"
+    enough = Log(Path("v"), "v", "table", {"val_loss": (np.arange(9), np.full(9, 2.0))})
+    assert diagnose(enough).health == "healthy"
 
 
 def of(name: str) -> Diagnosis:
@@ -218,3 +221,73 @@ def test_labelled_spikes_cost_what_their_labels_say() -> None:
         rows = [row for row in labels if row["kind"] == "fast_spike"]
         given = [event(start=row["start"], peak=row["peak_step"], end=row["end"]) for row in rows]
         assert [e.cost.steps for e in explain(log, given)] == [row["end"] - row["start"] + every for row in rows]
+
+
+def test_a_gradient_norm_without_numbers_is_not_told_as_the_loss() -> None:
+    norm = np.full(3000, 0.3)
+    norm[2000:] = math.nan
+    found = diagnose(log_of(healthy(), grad_norm=norm))
+    assert found.health == "events" and found.lost_steps == 0 and found.ettr == 1.0
+    assert "without a finite gradient norm" in found.headline and "loss" not in found.headline
+    both = say(log_of(healthy()), event("nonfinite", signal="grad_norm", recovery="never"), event(start=2000))
+    assert both[0] == "events" and "1 loss spike" in both[1] and "not finite" not in both[1]
+    logits = say(log_of(healthy()), event("logit_growth", signal="max logit", recovery="never"))
+    assert logits[0] == "events" and "stayed" not in logits[1]
+
+
+def test_first_rows_and_regular_rows_without_a_loss() -> None:
+    loss = healthy()
+    loss[:3] = math.nan
+    found = diagnose(log_of(loss))
+    assert found.events[0].cause.name == "start-up" and found.health in ("events", "healthy")
+    assert found.lost_steps <= 3 and found.events[0].advice.action == "nothing"
+    loss = healthy()
+    loss[19::20] = math.nan
+    found = diagnose(log_of(loss))
+    assert found.health == "events" and found.lost_steps == 150 and "iverged" not in found.headline
+    assert "every 20th step" in found.events[0].cause.evidence[0] and "every 20th step" in found.events[0].advice.text
+
+
+def test_too_short_and_zero_or_negative_losses() -> None:
+    found = diagnose(log_of(np.full(7, 3.0)))
+    assert (found.health, found.headline) == ("unknown", "Too short to judge (7 points).")
+    assert diagnose(log_of(np.full(8, 3.0))).health == "healthy"
+    loss = healthy()
+    loss[::10] = 0.0
+    found = diagnose(log_of(loss))
+    assert found.notes[0] == "300 of 3000 losses are zero or negative and are not judged" and found.health != "unknown"
+    loss[100:2500] = -1.0
+    found = diagnose(log_of(loss))
+    assert found.health == "unknown" and "are zero or negative" in found.headline
+    loss = healthy()
+    loss[::50] = 0.0
+    assert diagnose(log_of(loss)).notes == ("a note",)
+    nothing = Log(Path("v"), "v", "table", {"grad_norm": (np.arange(1, 101), np.full(100, 0.3))})
+    assert diagnose(nothing).health == "unknown" and "no loss" in diagnose(nothing).headline
+
+
+def test_headlines_in_plain_words() -> None:
+    log = log_of(healthy())
+    health, text = say(log, event("collapse", 2000, recovery="never", value=1.0, lasting=-0.692))
+    assert health == "damaged" and "fell at step 2000 and stayed down (-69 %" in text and "stayed up" not in text
+    assert "(x 41;" in say(log, event("level_shift", 2000, recovery="never", lasting=40.0))[1]
+    one = say(log, event(start=1500, end=1500))[1]
+    assert "; 1 step (0.0%) lost" in one
+    epoch = event("collapse", 2000, recovery="never", value=1.0, cause=Cause("epoch boundary"))
+    assert say(log, epoch)[0] == "events"
+    drop = event("level_drop", severity="note", recovery="never")
+    assert say(log, drop) == ("healthy", "Healthy: nothing that needs a reaction in 3,000 points, steps 1 to 3000 "
+                              "(noted: 1 step downwards of the loss).")  # fmt: skip
+    assert say(log, event("novelty", severity="note"))[0] == "healthy"
+    (told,) = explain(log, [event(start=1000, recovery="open")])
+    assert "cannot be told" in told.advice.text and "1 not known to be back" in say(log, told)[1]
+
+
+def test_a_restart_a_few_steps_after_a_shift_and_a_raised_rate() -> None:
+    loss = healthy()
+    loss[2000:] *= 1.1
+    lr = np.where(np.arange(3000) < 2000, 1e-4, 3e-4)
+    found = diagnose(log_of(loss, lr=lr))
+    shift = next(e for e in found.events if e.kind == "level_shift")
+    assert shift.cause.name == "schedule" and shift.advice.action == "wait"
+    assert "skip the data" not in shift.advice.text

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from poise.postmortem.diagnosis import explain
 from poise.postmortem.event import Event, Precursor
 from poise.postmortem.log import Log
 from poise.postmortem.precursors import family_of, precursors
@@ -134,7 +135,7 @@ def test_rates_warm_up_jump_and_restart_of_the_schedule() -> None:
     assert precursors(log_of({"lr": lr}, STEPS), spike(1600)) == ()
     lr[STEPS >= 2500] *= 1.5
     found = only(precursors(log_of({"lr": lr}, STEPS), spike(2510)), "lr")
-    assert (found.step, found.lead) == (2500, 10) and "+50%" in found.text
+    assert (found.step, found.lead) == (2500, 10) and "+50 %" in found.text
 
 
 @pytest.mark.parametrize("every", [1, 10, 100])
@@ -215,3 +216,30 @@ def test_twenty_series_of_twenty_thousand_steps_in_milliseconds() -> None:
     for _ in range(5):
         precursors(log, event)
     assert (time.process_time() - begin) / 5 < 0.1
+
+
+def test_changes_a_little_after_the_start_are_told_without_a_lead() -> None:
+    lr = np.where(STEPS < 3002, 1e-4, 3e-4)
+    found = only(precursors(log_of({"lr": lr}, STEPS), spike(3000)), "lr")
+    assert (found.step, found.lead) == (3002, 0)
+    assert precursors(log_of({"lr": lr}, STEPS), spike(2995)) == ()
+    shift = spike(2995, kind="level_shift")
+    assert only(precursors(log_of({"lr": lr}, STEPS), shift), "lr").lead == 0
+
+
+def test_one_is_no_plural() -> None:
+    skipped = np.isin(STEPS, [2999]).astype(float)
+    found = only(precursors(log_of({"skipped_steps": skipped}, STEPS), spike(3000)), "skipped_steps")
+    assert found.text.startswith("1 step was skipped")
+
+
+def test_a_long_log_with_many_events_is_explained_in_time() -> None:
+    steps = np.arange(1, 200_001)
+    rates = np.where(steps < 2000, steps / 2000.0, 1.0 - steps / 4e5)
+    series = {"loss": noisy(steps, 3.0, 0.01), "grad_norm": noisy(steps), "lr": rates, "tokens": steps * 4096.0}
+    series |= {"loss_scale": np.full(len(steps), 65536.0), "skipped_steps": (steps % 5000 == 0).cumsum()}
+    log = log_of(series, steps)
+    given = [spike(s) for s in range(5000, 195_000, 475)]
+    begin = time.process_time()
+    assert len(explain(log, given)) == 400
+    assert time.process_time() - begin < 1.5

@@ -380,7 +380,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         read_log(tmp_path / "empty")
-    with pytest.raises(UserError, match="pipe or a device"):
+    with pytest.raises(UserError, match="is empty"):
         read_log("/dev/null")
 
 

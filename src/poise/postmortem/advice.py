@@ -188,8 +188,10 @@ def _lasting(known: Known, event: Event) -> Advice:
         )
         return Advice("lower_lr", text, MLPERF)
     if event.cause.name == "schedule":
-        return _scheduled(event, to)
+        return _scheduled(known, event, to)
     hit = _earlier_hit(known, event)
+    if hit is not None and event.kind == "nonfinite" and _lost_after(known, hit) is event:
+        hit = _earlier_hit(known, hit)  # the spike that ended in it is the same trouble
     skip = 2 * SKIP if hit is not None else SKIP
     go = f"Go back to a checkpoint from step {to} or before ({plural(event.start - to, 'step')} before it began)"
     if event.cause.name == "precision" and (event.kind == "nonfinite" or event.cause.certainty == "likely"):
@@ -211,7 +213,7 @@ def _lasting(known: Known, event: Event) -> Advice:
     return Advice("roll_back", text, PALM)
 
 
-def _scheduled(event: Event, to: int) -> Advice:
+def _scheduled(known: Known, event: Event, to: int) -> Advice:
     """For what the schedule did: other data do not help, because the schedule does the same again."""
     why = "the schedule does the same again, whatever the data"
     sizes = [p for p in event.precursors if _is_size(p.signal)]
@@ -222,7 +224,7 @@ def _scheduled(event: Event, to: int) -> Advice:
             f"learning rate after it; then go on from a checkpoint from step {to} or before."
         )
         return Advice("lower_lr", text, f"{REWARM}; {UNSOURCED}")
-    if not any(p.signal == "lr" for p in event.precursors):
+    if sizes and not any(p.signal == "lr" and p.step in known.raised for p in event.precursors):
         text = (
             f"Expected from the schedule: a change of the {what} moves the loss. Wait; going back cannot help, because "
             f"{why}. If the step is too large, change it in smaller steps."
@@ -230,7 +232,7 @@ def _scheduled(event: Event, to: int) -> Advice:
         return Advice("wait", text, UNSOURCED)
     text = (
         f"Expected from the schedule: with a higher learning rate the loss is higher until that falls. Wait; going "
-        f"back cannot help, because {why}. If the step is too large, make the jump smaller or warm up again to it."
+        f"back cannot help, because {why}. If it is too much, make the jump smaller or warm up to it again."
     )
     return Advice("wait", text, f"{REWARM}; {UNSOURCED}")
 
@@ -305,7 +307,8 @@ def _returned(known: Known, event: Event) -> Advice:
     if event.cause.name == "schedule" and (long or (len(known.troubles) < SEVERAL and not again)):
         text = "Expected from the schedule, and it came back. Next time: a smaller jump, or a longer warm-up to it."
         return Advice("wait", text, f"{REWARM}; {UNSOURCED}")
-    back = f"It came back within {plural(max(event.end - event.peak, known.interval), 'step')} of its peak: do not go back."
+    took = plural(max(event.end - event.peak, known.interval), "step")
+    back = f"It came back within {took} of its peak: do not go back."
     if long:
         back = f"It came back by itself, {plural(event.end - event.start, 'step')} after it began: leave it."
     if len(known.troubles) < SEVERAL and not again:
@@ -314,8 +317,8 @@ def _returned(known: Known, event: Event) -> Advice:
         if event.cause.name not in ("unknown", "optimizer", "data", "attention logits", "growing norms"):
             return Advice("wait", back, BLOOM)
         text = (
-            f"{back} Next time: if the loss has not turned {BACK} steps after it left its trend, a checkpoint from about "
-            f"{BACK} steps before it and other data cost less than waiting did."
+            f"{back} Next time: if the loss has not turned {BACK} steps after it left its trend, a checkpoint from "
+            f"about {BACK} steps before it and other data cost less than waiting did."
         )
         return Advice("wait", text, PALM)
     number_of = f"{back} It is one of {len(known.troubles)} in this log. Next time: "

@@ -5,7 +5,7 @@ have the same noise, whatever their optimizers. So the correlation of the noise 
 the order; a shift of some steps (data skipped by one) is looked for too. Its interval is Fisher's, with the number of
 independent values that the autocorrelations leave.
 
-    data               same order, and what one run has at a step the other has too, more often than by chance
+    data               same order, and most of what one run has at a step the other has too (``_mostly``)
     not (only) data    same order, and most of it is in one run only; or other data, and it coincides all the same
     cannot tell        other data and other steps; nothing to compare; too few common steps; two copies of one run
 
@@ -26,11 +26,12 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from poise.dashboard.text import plural
 from poise.postmortem.event import Cause, Event
-from poise.postmortem.log import Ints, Log
+from poise.postmortem.log import Log
 from poise.postmortem.noise import FEWEST, Noise, Order, fitted, noise_of, parted
 from poise.postmortem.steps import SPIKE_KINDS, interval
-from poise.postmortem.trend import Trend
+from poise.postmortem.trend import Ints, Trend
 
 Verdict = Literal["data", "not (only) data", "cannot tell"]
 SEEN: Final = 3.0
@@ -38,6 +39,11 @@ SEEN: Final = 3.0
 
 CLOSE: Final = 10
 CHANCE: Final = 0.05
+UNLIKELY: Final = 0.01
+MOST: Final = 0.8
+"""Share of at least ``SEVERAL`` events that both runs have, from which on it is the data's doing."""
+
+SEVERAL: Final = 3
 MAX_SHIFTS: Final = 2000
 
 
@@ -107,7 +113,12 @@ def compare(a: Log, b: Log, events_a: Sequence[Event], events_b: Sequence[Event]
     both = np.intersect1d(fits[0].steps, fits[1].steps)
     common = len(both)
     if common < FEWEST:
-        return _nothing(a, b, common, f"{common} common steps are too few to compare (at least {FEWEST})")
+        return _nothing(
+            a,
+            b,
+            common,
+            f"{plural(common, 'common step')} {'is' if common == 1 else 'are'} too few to compare (at least {FEWEST})",
+        )
     since = parted(fits[0], fits[1])
     if since is None:
         return _nothing(a, b, common, "the losses are the same at equal steps: two copies of one run")
@@ -121,7 +132,7 @@ def compare(a: Log, b: Log, events_a: Sequence[Event], events_b: Sequence[Event]
     coincide, chance, p = _coincide([e.start + noise.shift for e in own], [e.start for e in other], noise.steps, width)
     counts = _Counts(coincide, len(own), len(other), chance, p)
     odd = [s for s, e in _paired(seen, events_a) if e.kind == "data_outlier"]
-    by_chance = float((noise.y > SEEN).mean())
+    by_chance = (1 + float((noise.y > SEEN).sum())) / (1 + len(noise.y))
     verdict, reasons = _verdict(noise, counts, odd, by_chance)
     if since > both[0]:
         reasons = (
@@ -219,7 +230,8 @@ def _seen(
         if event.kind == "data_outlier" and b.steps[place] == there:
             z = float(b.residual[place] / b.sigma[place])
             also = z > SEEN
-            said = f"{names[1]} is {z:.1f} deviations above its trend at step {there}, on the same data"
+            side = "above" if z >= 0 else "below"
+            said = f"{names[1]} is {abs(z):.1f} deviations {side} its trend at step {there}, on the same data"
             out.append(Seen(event.start, also, said if also else f"{said}: this batch is not odd by itself"))
         elif id(event) in spikes:
             near = starts[np.abs(starts - event.start - noise.shift) <= width] if len(starts) else starts
@@ -265,15 +277,16 @@ def _verdict(noise: Noise, spikes: _Counts, odd: Sequence[Seen], by_chance: floa
     reasons = []
     if spikes.a or spikes.b:
         by_luck = f"(by chance {spikes.chance:.1f}, p = {spikes.p:.2g})" if spikes.a and spikes.b else ""
-        reasons.append(
-            f"{spikes.coincide} of {spikes.a} spikes coincide with one of the other's {spikes.b} {by_luck}".rstrip()
-        )
+        verb = "coincides" if spikes.coincide == 1 else "coincide"
+        own = f"{spikes.coincide} of {plural(spikes.a, 'spike')} {verb}"
+        reasons.append(f"{own} with one of the other's {spikes.b} {by_luck}".rstrip())
     same = noise.order in ("same", "shifted", "partly")
     if odd:
         also = sum(s.also for s in odd)
-        reasons.append(
-            f"{also} of {len(odd)} odd batches are odd in the other run too (by chance {by_chance * len(odd):.1f})"
-        )
+        are = f"{also} of {len(odd)} odd batches {'is' if also == 1 else 'are'} odd"
+        if len(odd) == 1:
+            are = f"the one odd batch is {'odd' if also else 'not odd'}"
+        reasons.append(f"{are} in the other run{' too' * bool(also)} (by chance {by_chance * len(odd):.1f})")
     if not same:
         if noise.order == "other" and spikes.coincide >= 2 and spikes.p <= CHANCE:
             return "not (only) data", (
@@ -287,23 +300,33 @@ def _verdict(noise: Noise, spikes: _Counts, odd: Sequence[Seen], by_chance: floa
         larger = max(spikes.a, spikes.b)
         if 2 * spikes.coincide < larger:
             return "not (only) data", tuple(reasons)
-        return ("data" if spikes.p <= CHANCE else "cannot tell"), tuple(reasons)
+        return ("data" if _mostly(spikes.coincide, larger, spikes.p) else "cannot tell"), tuple(reasons)
     if odd:
         also = sum(s.also for s in odd)
         if 2 * also < len(odd):
             return "not (only) data", tuple(reasons)
-        return ("data" if by_chance * len(odd) < 0.2 * also else "cannot tell"), tuple(reasons)
+        p = _binomial(also, len(odd), by_chance)
+        return ("data" if _mostly(also, len(odd), p) else "cannot tell"), tuple(reasons)
     return "cannot tell", (*reasons, "no odd batch or spike to compare")
 
 
+def _mostly(also: int, of: int, p: float) -> bool:
+    """Return whether so many events of both runs, out of ``of``, with this probability by chance, are the data's."""
+    return 2 * also > of and (p < UNLIKELY or (of >= SEVERAL and also >= MOST * of and p <= CHANCE))
+
+
+def _binomial(least: int, of: int, share: float) -> float:
+    """Return the probability of at least so many out of ``of``."""
+    return sum(math.comb(of, k) * share**k * (1 - share) ** (of - k) for k in range(least, of + 1))
+
+
 def _order_text(noise: Noise) -> str:
-    size = (
-        f"correlation {noise.r:.3f}, 95 % interval {noise.low:.3f} to {noise.high:.3f}, {len(noise.steps)} common steps"
-    )
+    common = plural(len(noise.steps), "common step")
+    size = f"correlation {noise.r:.3f}, 95 % interval {noise.low:.3f} to {noise.high:.3f}, {common}"
     when = "later" if noise.shift > 0 else "earlier"
     what = {
         "same": "same data order",
-        "shifted": f"same data order, {abs(noise.shift)} steps {when} in the second run",
+        "shifted": f"same data order, {plural(abs(noise.shift), 'step')} {when} in the second run",
         "partly": f"same data order for {noise.shared.mean():.0%} of the steps",
         "other": "different data order",
         "unclear": "whether the data order is the same cannot be told",

@@ -5,9 +5,9 @@
     tokens      from the log's own count of tokens there, or steps x tokens a step
     spike-ETTR  1 - lost steps / all steps, each lost step counted once
 
-Events that need no reaction (one odd batch, the first steps' transient, a gradient norm alone) cost nothing, and so
-do an event of another signal than the loss and a loss that falls at an epoch's boundary: training goes on. Steps that were done again after a rollback are not in
-the log any more and not counted.
+Events that need no reaction (one odd batch, the first steps' transient, a gradient norm alone) cost nothing, and so do
+an event of another signal than the loss and a loss that falls at an epoch's boundary: training goes on. Steps that were
+done again after a rollback are not in the log any more and not counted.
 Source: ETTR is Meta's effective training time ratio (arXiv 2410.21680), here in steps instead of hours.
 """
 
@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from poise.postmortem.event import Cost, Event
-from poise.postmortem.log import Floats, Ints, Log
 from poise.postmortem.known import Known
-from poise.postmortem.steps import benign, between, of_loss
+from poise.postmortem.log import Log
+from poise.postmortem.steps import at_or_after, benign, between, of_loss
+from poise.postmortem.trend import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def _at(steps: Ints, tokens: Floats, edges: Floats) -> Floats:
     """Return the tokens at these steps; of a long log only the part that they lie in is looked at."""
     if not len(edges):
         return edges
-    first = max(int(np.searchsorted(steps, edges.min())) - 1, 0)
-    last = int(np.searchsorted(steps, edges.max(), side="right")) + 1
+    first = max(at_or_after(steps, float(edges.min())) - 1, 0)
+    last = at_or_after(steps, float(edges.max())) + 1
     inside: Floats = np.interp(edges, steps[first:last], tokens[first:last])
     return inside

@@ -194,7 +194,7 @@ def _nonfinite(steps: Ints, values: Floats, signal: str) -> list[Event]:
         found.append(
             Event(
                 kind="nonfinite",
-                severity="warning" if alone else "critical",
+                severity="note" if first == 0 and back else "warning" if alone else "critical",
                 start=int(steps[first]),
                 peak=int(steps[first]),
                 end=int(steps[last]),

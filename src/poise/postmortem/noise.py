@@ -16,8 +16,8 @@ from typing import Final, Literal
 
 import numpy as np
 
-from poise.postmortem.log import Floats, Ints, Log
-from poise.postmortem.trend import RAISED, SEED, Bools, Trend, fit, grown
+from poise.postmortem.log import Log
+from poise.postmortem.trend import RAISED, SEED, Bools, Floats, Ints, Trend, fit, grown
 
 Order = Literal["same", "shifted", "partly", "other", "unclear"]
 

@@ -267,9 +267,10 @@ def _reading(page: _Report, d: Diagnosis) -> None:
 def _together(
     page: _Report, diagnoses: Sequence[Diagnosis], comparisons: Sequence[Comparison], drawn: Sequence[Curve]
 ) -> None:
-    ill = sum(d.health != "healthy" for d in diagnoses)
+    ill = sum(d.health not in ("healthy", "unknown") for d in diagnoses)
+    fine = "None has events that need a look."
     page.paragraph(
-        f"{ill} of {len(diagnoses)} logs have events that need a look." if ill else "All healthy.", "verdict"
+        f"{ill} of {len(diagnoses)} logs have events that need a look." if ill else fine, "verdict"
     )
     units = {d.log.step_unit for d in diagnoses}
     if len(units) > 1:

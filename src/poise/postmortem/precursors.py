@@ -30,9 +30,10 @@ import numpy as np
 from poise.dashboard.text import plural
 from poise.postmortem.event import Event, Precursor
 from poise.postmortem.known import Known
-from poise.postmortem.log import Floats, Ints, Log
+from poise.postmortem.log import Log
 from poise.postmortem.readers.names import words
-from poise.postmortem.steps import between, number, rise_text
+from poise.postmortem.steps import at_or_after, between, number, rise_text
+from poise.postmortem.trend import Floats, Ints
 
 LOOK: Final = 50
 """Steps before an event in which a run-up can begin; at least three points."""
@@ -303,8 +304,8 @@ def _seams(known: Known, event: Event) -> Iterator[Precursor]:
         if -blur <= event.start - step <= reach:
             yield _at(event, "restart", step, f"the run was started again at step {step}")
     series = known.log.series.get(event.signal, (np.empty(0, np.int64), np.empty(0)))
-    first = max(int(np.searchsorted(series[0], event.start - reach)) - 2, 0)
-    steps = series[0][first : int(np.searchsorted(series[0], event.start + blur, side="right"))]
+    first = max(at_or_after(series[0], event.start - reach) - 2, 0)
+    steps = series[0][first : at_or_after(series[0], event.start + blur + 1)]
     if len(steps) > 1:
         gaps = np.diff(steps)
         for i in np.flatnonzero((gaps > 5 * known.interval) & (event.start - steps[1:] <= reach))[-1:]:

@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from poise.postmortem.log import Floats, Ints, Log
+from poise.postmortem.log import Log
+from poise.postmortem.trend import Floats, Ints
 
 JUMP: Final = 0.1
 FLOOR: Final = 0.02

@@ -8,7 +8,8 @@ from typing import Final
 import numpy as np
 
 from poise.postmortem.event import Event
-from poise.postmortem.log import Floats, Ints, Log
+from poise.postmortem.log import Log
+from poise.postmortem.trend import Floats, Ints
 
 SPIKE_KINDS: Final = frozenset({"fast_spike", "slow_divergence", "level_shift", "chaotic", "nonfinite"})
 """Kinds in which the loss left its trend upwards, or was lost, through the state of the run."""
@@ -79,8 +80,18 @@ def step_size(log: Log) -> float:
 def between(series: tuple[Ints, Floats], first: float, last: float) -> tuple[Ints, Floats]:
     """Return the points with first <= step <= last."""
     steps, values = series
-    low, high = np.searchsorted(steps, first, side="left"), np.searchsorted(steps, last, side="right")
+    low, high = at_or_after(steps, first), at_or_after(steps, math.floor(last) + 1 if math.isfinite(last) else last)
     return steps[low:high], values[low:high]
+
+
+def at_or_after(steps: Ints, step: float) -> int:
+    """Return the place of the first point at or after a step.
+
+    A number with a fraction would make ``searchsorted`` copy all of the steps first.
+    """
+    if not -(2.0**62) < step < 2.0**62:
+        return len(steps) if step > 0 else 0
+    return int(np.searchsorted(steps, math.ceil(step)))
 
 
 def benign(event: Event) -> bool:

@@ -52,7 +52,13 @@ WIDE: Final = 110
 """Columns from which on the table also has the step of the peak, the tokens lost, and what to do."""
 
 STYLE: Final = {"critical": "bold red", "warning": "yellow", "note": "dim"}
-HEALTH: Final = {"healthy": "bold green", "events": "bold yellow", "damaged": "bold red", "diverged": "bold red"}
+HEALTH: Final = {
+    "healthy": "bold green",
+    "events": "bold yellow",
+    "damaged": "bold red",
+    "diverged": "bold red",
+    "unknown": "bold",
+}
 _MARKS: Final = {"critical": "▲", "warning": "▵", "note": "·"}
 _ASCII: Final = str.maketrans(
     {"▲": "#", "▵": "^", "·": ".", "─": "-", "│": "|", "┤": "|", "└": "+", "–": "-", "…": ".", "×": "x", "±": "~"}

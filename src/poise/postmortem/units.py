@@ -80,6 +80,8 @@ def loss_unit(names: Mapping[str, str], series: Series, settings: Mapping[str, s
             if said & _NATS:
                 return "nats"
     for raw, name in names.items():
+        if _PERPLEXITY & set(words(raw)) and name in (LOSS, VAL_LOSS):
+            return "nats"  # ``columns`` takes the natural logarithm
         if _PERPLEXITY & set(words(raw)) and name in series:
             held_out = rank(VAL_LOSS, re.sub("ppl|perplexity", "loss", raw.lower())) is not None
             unit = _by_perplexity(series, VAL_LOSS if held_out else LOSS, name)

@@ -10,18 +10,20 @@ from typing import Final
 
 from poise.dashboard.text import count, number
 from poise.postmortem.diagnosis import Diagnosis
-from poise.postmortem.event import Advice, Event, Kind
-from poise.postmortem.steps import curve
+from poise.postmortem.event import Advice, Event
+from poise.postmortem.steps import curve, rise_text
 
 RANK: Final = {"note": 0, "warning": 1, "critical": 2}
 
-KINDS: Final[dict[Kind, str]] = {
+KINDS: Final[dict[str, str]] = {
     "fast_spike": "the loss leaves its trend upwards within a few steps and comes down again",
     "slow_divergence": "the loss climbs above the best level it has had, and stays above it for long",
     "level_shift": "a step upwards of the loss, large or small, that stays",
     "nonfinite": "the loss or the gradient norm is NaN or infinite",
     "chaotic": "the loss is far above its best level for long, and erratic",
     "collapse": "the loss falls far faster than training can make it fall",
+    "plateau": "the loss hardly falls, from the beginning of the log to its end",
+    "level_drop": "a step downwards of the loss, as at the end of an epoch or where the data change",
     "logit_growth": "attention logits leave the range in which a softmax works, and go on growing",
     "data_outlier": "one odd batch: the loss stands out for one point and leaves nothing behind",
     "early_transient": "the first steps are above the loss of knowing nothing, and settle",
@@ -90,20 +92,11 @@ def peak_text(event: Event) -> str:
     return f"{name}{number(event.value)}" + (f" ({rise_text(event.rise)})" if math.isfinite(event.rise) else "")
 
 
-def rise_text(rise: float) -> str:
-    """Return a relative rise in per cent, as a factor where it is large.
-
-    >>> rise_text(0.379), rise_text(-0.021), rise_text(56.5)
-    ('+38 %', '-2.1 %', 'x 57.5')
-    """
-    if rise >= 9.5:
-        return f"x {1 + rise:.3g}" if rise < 1e3 else f"x {1 + rise:.1e}"
-    return f"{100 * rise:+.0f} %" if abs(rise) >= 0.095 else f"{100 * rise:+.2g} %"
-
-
 def recovery_text(event: Event) -> str:
     """Return whether it came back, with what stayed."""
     text = {"returned": "yes", "partly": "partly", "never": "no", "open": "log ends"}[event.recovery]
+    if event.recovery == "open" and event.advice.action == "nothing" and event.advice.text:
+        return "cannot be told"
     if event.recovery in ("partly", "never") and math.isfinite(event.lasting):
         text += f", {rise_text(event.lasting)}"
     return text

@@ -7,7 +7,9 @@ needs a field that is ``None`` does not judge.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +18,21 @@ from poise.core.types import Severity
 Norm = Literal["pre", "post", "sandwich", "reordered"]
 Positions = Literal["rope", "learned", "sinusoidal", "alibi", "none"]
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
+
+
+class Said(dict[str, str]):
+    """How a source says each field, and what else is known of its words.
+
+    Attributes:
+        called: field -> what the source calls it, also for fields that it does not set.
+        unclear: fields that it sets to something that cannot be read; no default takes their place.
+    """
+
+    def __init__(
+        self, words: Mapping[str, str], called: Mapping[str, str] | None = None, unclear: Iterable[str] = ()
+    ) -> None:
+        super().__init__(words)
+        self.called, self.unclear = dict(called or {}), frozenset(unclear)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +87,7 @@ class Settings:
         step_seconds: wall time of a step.
         save_every: steps between checkpoints; 0 is never.
         params: number of weights where said; ``n_params`` estimates it otherwise.
-        said: field name -> how the source says it, e.g. ``--init-method-std 0.02``.
+        said: field name -> how the source says it, e.g. ``--init-method-std 0.02``; a reader's is a ``Said``.
         notes: what the reader has to say: guesses, ignored parts.
     """
 
@@ -161,10 +178,44 @@ class Settings:
         return self.n_layers * block + embeddings
 
     def say(self, name: str) -> str:
-        """Return how the source says a field; with the field and its value where it does not say it itself."""
-        plain = f"{name} = {getattr(self, name)}"
-        words = self.said.get(name, plain)
-        return f"{plain} ({words})" if words.startswith(("default of", "guessed from")) else words
+        """Return how the source says a field, with the field and its value where those words do not hold the value.
+
+        >>> own = Settings(source="a", format="hf", lr=3e-4, tied=True, said={"lr": "--lr 3.0e-4", "tied": "gpt2"})
+        >>> own.say("lr"), own.say("tied"), own.say("clip")
+        ('--lr 3.0e-4', 'tied = True (gpt2)', 'clip = None')
+        """
+        value = getattr(self, name)
+        plain, words = f"{name} = {_shown(value)}", self.said.get(name, "")
+        if not words:
+            return plain
+        weak = words.startswith(("default of", "guessed from"))
+        return f"{plain} ({words})" if weak or not _holds(words, value) else words
+
+    @property
+    def called(self) -> Mapping[str, str]:
+        """Field name -> what the source calls it, e.g. ``--clip-grad``; empty where no reader has filled it in."""
+        return self.said.called if isinstance(self.said, Said) else {}
+
+    def name_of(self, name: str) -> str:
+        """Return what the source calls a field, for advice in its own words; the field where it has no name for it."""
+        return self.called.get(name, name)
+
+
+_NUMBER = re.compile(r"(?<![\w.])-?(?:\d[\d_,]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) and len(repr(value)) > 8 else str(value)
+
+
+def _holds(words: str, value: object) -> bool:
+    """Return whether a value can be read in the words; numbers are, to four digits, however they are written."""
+    if isinstance(value, bool):
+        return bool(re.search(rf"\b{value}\b", words, re.IGNORECASE))
+    if isinstance(value, int | float):
+        texts = (text.replace(",", "").replace("_", "") for text in _NUMBER.findall(words))
+        return any(math.isclose(float(text), value, rel_tol=1e-3) for text in texts)
+    return not isinstance(value, str) or value.lower() in words.lower()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ READERS = (
     "poise.postmortem.readers.olmo",
     "poise.postmortem.readers.llmc",
     "poise.postmortem.readers.nanogpt",
+    "poise.postmortem.readers.json_file",
     "poise.postmortem.readers.jsonl",
     "poise.postmortem.readers.table",
     "poise.postmortem.readers.stdout",

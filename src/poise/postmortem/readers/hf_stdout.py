@@ -19,7 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.postmortem.readers.names import ROW, STEP, VAL_LOSS, rank
+from poise.postmortem.readers.ranks import Ranks, rank_of
 from poise.postmortem.readers.source import RESTARTED, Item, Row, Source, number
+
+MANY = 50_000
+"""Lines from which it is learned who prints dicts."""
 
 MAX_DICT = 20_000
 """Characters of a printed dict."""
@@ -29,6 +33,13 @@ EPOCH_DIGIT, EPOCH_SHARE = 0.0051, 0.00051
 
 _PAIR = re.compile(r"'([^'\n]{1,120})': {0,2}(?:(?:np\.float\d\d|tensor)\()?'?([^,'\"{}()\n]{1,60})")
 _BAR = re.compile(r"(?<!\d)\d{1,3}%\|[^|\n]{0,400}\| {0,9}(\d{1,12})/(\d{1,12}) \[")
+_IN_FRONT = re.compile(
+    r"(?:\b(?:global[_ ])?(?:step|iter(?:ation)?)[\"']?[ =:#\[]{0,4}(\d{1,12})|\[ {0,8}(\d{1,12}) ?/ ?\d{1,12}\])[^\d]{0,40}$",
+    re.I,
+)
+"""A step before a dict: ``Step 10: {'loss': ...}``, ``[10/600] {'loss': ...}``."""
+
+IN_FRONT = "step in front"
 _BANNER = "***** Running training *****"
 _SAID = re.compile(
     r"(Num examples|Num Epochs|Instantaneous batch size per device|Total train batch size \([^)]{0,80}\)"
@@ -52,7 +63,7 @@ _COMPANIONS = (
     "eval_runtime",
     "eval_samples_per_second",
 )
-_PROGRESS = ("global_step/max_steps", "step", "global_step")
+_PROGRESS = ("global_step/max_steps", "step", "global_step", "step in front")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +113,16 @@ def sniff(source: Source) -> float:
 
 def read(source: Source) -> Iterator[Item]:
     """Yield one row a printed dict."""
-    survey = _survey(Source(source.path))
+    survey = _survey(source.again(), _ranks(source))
+    survey.ranks.note(source.notes)
     source.settings |= survey.settings
     steps, column, how = survey.steps()
     if how:
         source.notes.add(how)
     place, part = 0, 0
     for line in source.lines():
+        if survey.ranks.skips(line):
+            continue
         for event in events_of(line):
             if isinstance(event, Closed):
                 source.notes.add("the trainer's closing summary is not a step and is left out", source.where)
@@ -152,6 +166,8 @@ def _dicts(line: str) -> Iterator[tuple[int, Event]]:
             and after not in tuple(",)];:'\"`")
         ):
             event = _event(line[start:end])
+            if isinstance(event, dict) and (told := _IN_FRONT.search(line[max(0, start - 80) : start])):
+                event[IN_FRONT] = float(told[1] or told[2])
             if event is not None:
                 yield start, event
         passed = end + 1
@@ -180,6 +196,7 @@ def _is_held_out(name: str) -> bool:
 class _Survey:
     """What is known of the step of each printed dict; -1 stands for nothing."""
 
+    ranks: Ranks
     settings: dict[str, str] = field(default_factory=dict)
     train: array[int] = field(default_factory=lambda: array("b"))
     parts: array[int] = field(default_factory=lambda: array("I"))  # how often training had begun again
@@ -195,7 +212,7 @@ class _Survey:
         train = np.array(self.train, dtype=bool)
         parts = np.array(self.parts, dtype=np.int64)
         said = np.array(self.said, dtype=np.int64)
-        if train.any() and (said[train] >= 0).mean() > 0.9:
+        if train.any() and (said[train] >= 0).mean() > 0.9 and _rises(said[train]):
             return _filled(said), STEP, ""
         bars = [np.array(values, dtype=np.int64) for values in (self.before, self.after)]
         evenness = [_evenness(values[train], parts[train]) for values in bars]
@@ -246,13 +263,30 @@ class _Survey:
         return max(factor * scale for factor in (1, 2, 5) if factor * scale <= reached / dicts)
 
 
-def _survey(source: Source) -> _Survey:
-    survey = _Survey()
+def _ranks(source: Source) -> Ranks:
+    """Return whose dicts count, of several ranks that print the same epochs or steps."""
+    told = []
+    for line in source.telling[:MANY]:
+        if "{'" in line:
+            rows = [event for event in events_of(line) if isinstance(event, dict)]
+            told += [
+                (rank_of(line), next((row[name] for name in (*_PROGRESS, "epoch") if name in row), math.nan))
+                for row in rows
+            ]
+    ranks = Ranks(told)
+    ranks.stride = 0.0
+    return ranks
+
+
+def _survey(source: Source, ranks: Ranks) -> _Survey:
+    survey = _Survey(ranks)
     part, seen = 0, 0  # ``seen``: dicts since training began
     counts: dict[int, int] = {}  # progress bar's total -> where it stands
     votes: Counter[int] = Counter()
     last = 0  # total of the bar seen last
     for line in source.lines():
+        if ranks.skips(line):
+            continue
         for event in events_of(line):
             if isinstance(event, Said):
                 survey.settings.setdefault(event.name, event.value)
@@ -287,6 +321,11 @@ def _survey(source: Source) -> _Survey:
 
 def _whole(x: float) -> int:
     return int(x) if 0 <= x < 2.0**53 and x == x // 1 else -1
+
+
+def _rises(steps: NDArray[np.int64]) -> bool:
+    """Return whether these are steps rather than what is the same for all of them."""
+    return len(steps) < 3 or bool((np.diff(steps) > 0).mean() >= 0.5)
 
 
 def _evenness(values: NDArray[np.int64], parts: NDArray[np.int64]) -> float:

@@ -1,7 +1,7 @@
 """What the columns of a log are called elsewhere, and which of several is meant.
 
 A name is compared without case, units, separators and the folders that trackers put before it, so that
-``train/loss``, ``Train Loss`` and ``my-run - train/loss`` are all ``loss``.
+``train/loss``, ``Train Loss``, ``TrainLoss`` and ``my-run - train/loss`` are all ``loss``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from functools import lru_cache
 STEP, LOSS, GRAD_NORM, LR, TOKENS, VAL_LOSS = "step", "loss", "grad_norm", "lr", "tokens", "val_loss"
 LOSS_SCALE, SKIPPED, SAMPLES, UPDATE_NORM = "loss_scale", "skipped_steps", "samples", "update_norm"
 MAX_LOGIT, Z_LOSS, BALANCE_LOSS = "max_attention_logit", "z_loss", "load_balancing_loss"
+
+PERPLEXITY, BITS, EPOCH = "perplexity", "bits", "epoch"
 
 ROW = "row"
 """What a reader calls its own count of rows, where the log says neither steps nor anything else that counts."""
@@ -39,7 +41,21 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
         "update",  # after num_updates: fairseq's "update" is a fraction of an epoch
         "batch",
         "time_batch",
+        "itr",
+        "iters",
+        "step_num",
+        "step_count",
+        "updates",
+        "n_updates",
+        "n_steps",
+        "opt_steps",
+        "update_step",
+        "global_iter",
+        "cur_step",
         "_step",  # W&B's own counter of log calls, which need not be the training step
+        "batch_idx",
+        "i",
+        "index",
         ROW,
     ),
     LOSS: (
@@ -68,8 +84,22 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
         "total_loss",
         "loss_total",
         "loss_train_total",
+        "nll",
+        "ce",
+        "xent",
+        "tr_loss",
+        "loss_mean",
+        "loss_lm",
+        "loss_ce",
+        "mlm_loss",
+        "ntp_loss",
+        "next_token_loss",
+        "loss_value",
+        "losses",
+        "losses_train",
+        "batch_loss",
+        "loss_batch",
         "loss_epoch",
-        "value",  # TensorBoard's CSV of one scalar
     ),
     GRAD_NORM: (
         "grad_norm",
@@ -85,6 +115,27 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
         "grad_l2_norm",
         "gnorm",
         "raw_grad_norm",
+        "unclipped_grad_norm",
+        "grad_norm_preclip",
+        "grad_norm_pre_clip",
+        "preclip_grad_norm",
+        "pre_clip_grad_norm",
+        "grad_norm_before_clip",
+        "grad_norm_before_clipping",
+        "grad_norm_unclipped",
+        "grad_norm_avg",
+        "grad_norm_mean",
+        "actor_grad_norm",
+        "grads_norm",
+        "grads_global_norm",
+        "grad_global_norm",
+        "gradient_global_norm",
+        "gradients_global_norm",
+        "gradients_norm",
+        "norm_grad",
+        "global_norm",
+        "total_norm",
+        "grad",
     ),
     LR: (
         "lr",
@@ -179,11 +230,23 @@ FURTHER: Mapping[str, tuple[str, ...]] = {
 }
 """The same for what only some logs have."""
 
+INSTEAD: Mapping[str, tuple[str, ...]] = {
+    PERPLEXITY: ("perplexity", "ppl"),
+    BITS: ("bits_per_byte", "bpb", "bits_per_token", "bits_per_character", "bits_per_char", "bpc", "bpt", "bpw"),
+    EPOCH: ("epoch", "epochs", "current_epoch", "epoch_num", "ep"),
+}
+"""What is used where something better is missing; such a column keeps its name."""
+
 _FOLDERS = frozenset(
     {"train", "training", "trainer", "metrics", "metric", "stats", "log", "optim", "optimizer", "learning", "samples"}
+    | {"opt", "schedule", "scheduler"}
 )
 _HELD_OUT = frozenset({"val", "valid", "validation", "eval", "evaluation", "dev", "test"})
 _UNITS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")  # no bracket within: linear in time
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_MONITOR = re.compile(r"lr-[A-Z][A-Za-z0-9]{0,40}(?:/(?:pg1|group_?0|0))?")
+"""What Lightning calls the learning rate of any optimizer; ``lr-SGD-momentum`` is none."""
+
 _OF_ONE_SET = 1000
 """Added to the rank of a validation loss that belongs to one of several sets."""
 
@@ -210,24 +273,43 @@ def rank(meaning: str, raw: str) -> int | None:
         name = ["_step"]
     if meaning == VAL_LOSS:
         return _rank_held_out(name, raw)
-    aliases = ALIASES[meaning] if meaning in ALIASES else FURTHER[meaning]
+    aliases = ALIASES.get(meaning) or FURTHER.get(meaning) or INSTEAD[meaning]
     for folders in range(len(name)):
         joined = "_".join(name[folders:])
         if joined in aliases:
             return 2 * aliases.index(joined) + min(folders, 1)
         if name[folders] not in _FOLDERS:
             break
-    return _rank_repeated(meaning, name, raw)
+    if meaning == LR and _MONITOR.fullmatch(raw.rpartition(" - ")[2]):
+        return 2 * len(aliases)
+    place = _rank_repeated(meaning, name, raw)
+    parted = _CAMEL.sub(" ", raw)
+    return rank(meaning, parted) if place is None and parted != raw else place
+
+
+def is_held_out(raw: str) -> bool:
+    """Return whether a name speaks of data that is not trained on.
+
+    >>> is_held_out("eval/loss"), is_held_out("valLoss"), is_held_out("interval")
+    (True, True, False)
+    """
+    return not _HELD_OUT.isdisjoint(words(_CAMEL.sub(" ", raw)))
+
+
+def without_held_out(raw: str) -> str:
+    """Return a name without the words for data that is not trained on: what it is that was measured there."""
+    return "_".join(word for word in words(_CAMEL.sub(" ", raw)) if word not in _HELD_OUT)
 
 
 def _rank_held_out(name: list[str], raw: str) -> int | None:
     """Rank a loss on data that is held out: ``eval_loss``, or that of one set, ``eval/c4/CE loss``."""
     outside = [word for word in name if word not in _HELD_OUT]
-    if len(outside) == len(name) or outside == ["value"]:
-        return None
+    if len(outside) == len(name):
+        parted = _CAMEL.sub(" ", raw)
+        return rank(VAL_LOSS, parted) if parted != raw else None
     place = rank(LOSS, "_".join(outside))
     leaf = raw.rpartition("/")[2]
-    if place is None and leaf != raw and rank(LOSS, leaf) is not None and words(leaf) != ["value"]:
+    if place is None and leaf != raw and rank(LOSS, leaf) is not None:
         return _OF_ONE_SET + (rank(LOSS, leaf) or 0)
     return place
 

@@ -16,9 +16,11 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
+from poise.postmortem.readers.form import is_told
+from poise.postmortem.readers.freetext import NUMBER, pairs
 from poise.postmortem.readers.names import GRAD_NORM, LOSS, STEP, VAL_LOSS
+from poise.postmortem.readers.ranks import Ranks, rank_of
 from poise.postmortem.readers.source import RESTARTED, Item, Row, Source, number
-from poise.postmortem.readers.stdout import NUMBER, is_told, pairs
 
 FORMAT = "nanogpt"
 LOOKS_FOR = "nanoGPT, modded-nanogpt, nanochat or build-nanogpt output"
@@ -59,11 +61,11 @@ _CALLED |= {"Validation bpb": "val_bpb", "val loss": VAL_LOSS, "train loss": "tr
 def sniff(source: Source) -> float:
     """Return 0.95 when lines of one of these programs are there, outside of source code."""
     start = _end_of_code(source)
-    lines = source.head_lines[start : start + LOOK_AT]
+    lines = source.telling if source.sifted else source.head_lines[start : start + LOOK_AT]
     points = ((at, point) for at, line in enumerate(lines) if (point := _point(line)) is not None)
     found = list(islice(points, ENOUGH))
     lines = lines[: found[-1][0] + 1] if len(found) == ENOUGH else lines
-    if not any(_holds_loss(point) for _, point in found) or not is_told([at for at, _ in found], lines):
+    if not any(_holds_loss(point) for _, point in found) or not is_told([at for at, _ in found], lines, source.sifted):
         return 0.0
     if not start and len(found) < FEWEST_IN_CODE and _is_code(source):
         return 0.0
@@ -77,9 +79,13 @@ def read(source: Source) -> Iterator[Item]:
     skip = _end_of_code(source)
     pending: Row = {}
     seen = restarted = in_file = False
-    for at, line in enumerate(source.lines()):
-        if at < skip:
+    told = ((line, _point(line)) for line in source.telling[:LOOK_AT])
+    ranks = Ranks(islice(((rank_of(line), row[STEP]) for line, row in told if row is not None), ENOUGH))
+    ranks.note(source.notes)
+    for at, raw in enumerate(source.lines()):
+        if at < skip or ranks.skips(raw):
             continue
+        line = whole(raw, source)
         row = _point(line, source)
         if row is None:
             if begun := _begins(line):
@@ -93,6 +99,8 @@ def read(source: Source) -> Iterator[Item]:
             yield RESTARTED
             restarted = False
         seen = True
+        if LOSS in row and ranks.repeats(row[STEP]):
+            continue
         if pending and LOSS in row:
             row |= pending
             pending = {}
@@ -152,11 +160,11 @@ def _end_of_code(source: Source) -> int:
     """Return how many lines the program takes with which a modded-nanogpt log begins."""
     if not _is_code(source):
         return 0
-    return next((at for at, line in enumerate(source.head_lines) if _BAR_BELOW_CODE.match(line)), 0)
+    return next((at for at, line in enumerate(source.first_lines) if _BAR_BELOW_CODE.match(line)), 0)
 
 
 def _is_code(source: Source) -> bool:
-    return any(line.startswith(("import ", "from ", "with open(sys.argv[0])")) for line in source.head_lines[:10])
+    return any(line.startswith(("import ", "from ", "with open(sys.argv[0])")) for line in source.first_lines[:10])
 
 
 def _begins(line: str) -> str:

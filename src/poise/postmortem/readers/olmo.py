@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from poise.postmortem.readers.form import is_told
+from poise.postmortem.readers.freetext import NUMBER
 from poise.postmortem.readers.names import LOSS, LR, STEP, VAL_LOSS
 from poise.postmortem.readers.source import RESTARTED, Item, Row, Source
-from poise.postmortem.readers.stdout import NUMBER, is_told
 
 FORMAT = "olmo"
 LOOKS_FOR = "OLMo or OLMo-core output ('[step=10/1000,epoch=1]' above 'train/CE loss=2.345')"
@@ -41,11 +42,11 @@ _BATCH = re.compile(
 
 def sniff(source: Source) -> float:
     """Return 0.9 when steps in brackets have training metrics below."""
-    lines = source.head_lines[:LOOK_AT]
+    lines = source.telling[:LOOK_AT]
     at = [i for i, line in enumerate(lines) if "[step=" in line and _STEP.search(line[-LONGEST:])]
     below = (line for i in at[:200] for line in lines[i : i + 4])
     metrics = any("train/" in line and (found := _metric(line)) and found[0].startswith("train/") for line in below)
-    return 0.9 if metrics and is_told(at, lines) else 0.0
+    return 0.9 if metrics and is_told(at, lines, source.sifted) else 0.0
 
 
 def read(source: Source) -> Iterator[Item]:

@@ -19,20 +19,32 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import re
+import shutil
+import stat
+import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from poise.core.errors import UserError
+from poise.postmortem.readers import sift
+
 T = TypeVar("T")
 D = TypeVar("D")
 
 Row = dict[str, float]
+
+NULL = "\0null:"
+"""Before a column's name in a row: the log says that there is no number, where others have one."""
 
 HEAD_BYTES = 1 << 20
 """Enough for the header of a table with thousands of columns."""
@@ -44,6 +56,9 @@ MAX_LINE = 1 << 22
 _OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
+_LOST_ESCAPE = re.compile(r"\[(?:\d{1,3}(?:;\d{1,3}){0,6})?m")
+"""Colours copied from where the escape character does not show."""
+
 _ABSENT = frozenset({"", "null", "none", "na", "n/a", "#n/a", "-", "--", "undefined", "undef"})
 _NOT_A_NUMBER = re.compile(r"[+-]?(?:nan\(.*\)|1\.#(?:qnan|snan|ind)0*)", re.IGNORECASE)
 
@@ -102,7 +117,10 @@ class Source:
     Attributes:
         path: the file.
         head: its first bytes, decompressed.
-        head_lines: the whole lines of ``head``, clean and not blank; garbage when the file is no text.
+        first_lines: the whole lines of ``head``, clean and not blank; garbage when the file is no text.
+        head_lines: the same, and where few of them hold a loss those further on that may.
+        telling: of a small file all its lines, else those lines of it that may hold a loss or its step.
+        sifted: whether ``telling`` has left out lines.
         parts: the files it consists of, in order; one, but for a folder of event files.
         notes: remarks of whoever reads it.
         settings: what the log says of its run's settings, by the log's own names.
@@ -110,32 +128,87 @@ class Source:
         at_end: whether that line is the file's last.
         unfinished: whether that line is the file's last and has no line end: it may have been cut off.
 
+    A pipe is copied to a temporary file, which is deleted with this object.
+
     Raises:
         OSError: the file cannot be opened.
+        UserError: it is an archive, or compressed in a way that is not read.
     """
 
     def __init__(self, path: Path, parts: Sequence[Path] = ()) -> None:
         self.path = path
+        self._file = path
+        if is_pipe(path):
+            self._file = _spooled(path)
+            weakref.finalize(self, self._file.unlink, missing_ok=True)
         self.parts = tuple(parts) or (path,)
         self.notes = Notes()
         self.settings: dict[str, str] = {}
         self.line = 0
         self.at_end = False
         self.unfinished = False
-        self._open = _opener(path)
+        self._open = _opener(self._file)
         with self.binary() as file:
             self.head = b"".join(_pieces(file))
         self._encoding = next((name for bom, name in _BOMS.items() if self.head.startswith(bom)), "utf-8")
+        _refuse_archive(path, self.head)
         texts = self.head.decode(self._encoding, errors="replace").splitlines()
-        if len(self.head) >= HEAD_BYTES:
+        if len(self.head) >= HEAD_BYTES and texts:
             del texts[-1]
-        self.head_lines = [line for text in texts if (line := clean(text)).strip()]
+        self.first_lines = [line for text in texts if (line := clean(text)).strip()]
+
+    @cached_property
+    def head_lines(self) -> list[str]:
+        """The whole lines of the head, and what may say something further on."""
+        return [*self.first_lines, *self._further]
+
+    @property
+    def sifted(self) -> bool:
+        """Whether ``telling`` has left out lines."""
+        return bool(self._further) or len(self.first_lines) > sift.MANY_LINES
+
+    @cached_property
+    def telling(self) -> list[str]:
+        """The lines by which the form of free text is learned."""
+        return [*self._sieve.kept, *self._further] if self.sifted else self.first_lines
+
+    @cached_property
+    def _sieve(self) -> sift.Sieve:
+        sieve = sift.Sieve()
+        sieve.take(self.first_lines)
+        return sieve
+
+    @cached_property
+    def _further(self) -> list[str]:
+        """Lines beyond the head that may say something, where the head says little."""
+        sieve, further = self._sieve, sift.Sieve()
+        small = len(self.head) < HEAD_BYTES
+        if small or sieve.losses >= sift.FEW or not sift.is_text(self.head, self._encoding):
+            return []
+        if sift.is_table(self.first_lines):
+            return []
+        encoding = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}.get(self.head[:2], "utf-8")
+        end = 1 + max(self.head.rfind(b"\n"), self.head.rfind(b"\r"))
+        end += end % 2 if encoding != "utf-8" else 0
+        with self.binary() as file:
+            for _ in _pieces(file):
+                pass
+            pieces = _pieces(file, sift.FURTHEST, sift.WINDOW)
+            for lines in sift.windows(pieces, self.head[end:], encoding, clean):
+                further.take(lines)
+                if further.full:
+                    break
+        return further.kept
+
+    def again(self) -> Source:
+        """Return the same file, to be read a second time."""
+        return Source(self._file, () if self.parts == (self.path,) else self.parts)
 
     def binary(self, part: Path | None = None) -> IO[bytes]:
         """Open the file, or one of its parts, for a reader of bytes, decompressed."""
         if part is not None and part != self.path:
             return cast(IO[bytes], _opener(part)(part, "rb"))
-        return cast(IO[bytes], self._open(self.path, "rb"))
+        return cast(IO[bytes], self._open(self._file, "rb"))
 
     def lines(self) -> Iterator[str]:
         """Yield every line that is not blank: no line end, no colours, no NUL bytes."""
@@ -194,6 +267,8 @@ def clean(line: str) -> str:
     """
     if "\x1b" in line:
         line = _ESCAPE.sub("", line)
+    elif "[0m" in line or "[39m" in line:
+        line = _LOST_ESCAPE.sub("", line)
     if "\x00" in line:
         line = line.replace("\x00", "")
     return line.strip(" \r\n\v\f\ufeff")  # tabs stay: they may part empty cells
@@ -225,13 +300,50 @@ def is_absent(text: str) -> bool:
     return text.strip().lower() in _ABSENT
 
 
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield the beginning of a file in small pieces, so that damage costs no more than one."""
-    for _ in range(HEAD_BYTES // PIECE):
-        piece = _patiently(lambda: file.read(PIECE), b"")
+def _pieces(file: IO[bytes], length: int = HEAD_BYTES, size: int = PIECE) -> Iterator[bytes]:
+    """Yield so many bytes of a file in pieces: of damaged compressed data all that comes before the damage."""
+    read = getattr(file, "read1", file.read) if not hasattr(file, "raw") else file.read
+    while length > 0:
+        piece = _patiently(partial(read, min(size, length)), b"")
         if not piece:
             return
+        length -= len(piece)
         yield piece
+
+
+def is_pipe(path: Path) -> bool:
+    """Return whether what is there can be read only once."""
+    mode = path.stat().st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _spooled(path: Path) -> Path:
+    """Copy a pipe to a temporary file."""
+    handle, name = tempfile.mkstemp(prefix="poise-")
+    try:
+        with path.open("rb") as pipe, os.fdopen(handle, "wb") as file:
+            shutil.copyfileobj(pipe, file)
+    except BaseException:
+        Path(name).unlink()
+        raise
+    return Path(name)
+
+
+_FOREIGN = {
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd, which is not read here; unpack it with 'zstd -d'",
+    b"PK\x03\x04": "is a zip archive; unpack it and name the log in it",
+    b"PAR1": "is a Parquet file; write it as CSV",
+    b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it and name the log in it",
+}
+
+
+def _refuse_archive(path: Path, head: bytes) -> None:
+    """Say what to do with a file whose content cannot be read as it is."""
+    said = next((text for magic, text in _FOREIGN.items() if head.startswith(magic)), "")
+    if head[257:262] == b"ustar":
+        said = "is a tar archive; unpack it with 'tar -xf' and name the log in it"
+    if said:
+        raise UserError(f"'{path}' {said}")
 
 
 def _patiently(read: Callable[[], T], otherwise: D) -> T | D:

@@ -13,9 +13,11 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
+from poise.postmortem.readers.form import is_told
+from poise.postmortem.readers.freetext import pairs
 from poise.postmortem.readers.names import STEP, VAL_LOSS
+from poise.postmortem.readers.ranks import Ranks, rank_of
 from poise.postmortem.readers.source import RESTARTED, Item, Row, Source
-from poise.postmortem.readers.stdout import is_told, pairs
 
 FORMAT = "torchtitan"
 LOOKS_FOR = "torchtitan output ('step: 10  loss: 8.0491  ...  tps: 1,234')"
@@ -44,23 +46,30 @@ _MOST_DUMPED = 1000
 
 def sniff(source: Source) -> float:
     """Return 0.9 when there are lines of a step with torchtitan's figures of throughput or memory."""
-    lines = source.head_lines[:LOOK_AT]
+    lines = source.telling[:LOOK_AT]
     at = list(islice((i for i, line in enumerate(lines) if _is_point(line)), ENOUGH))
     lines = lines[: at[-1] + 1] if len(at) == ENOUGH else lines
-    return 0.9 if is_told(at, lines) else 0.0
+    return 0.9 if is_told(at, lines, source.sifted) else 0.0
 
 
 def read(source: Source) -> Iterator[Item]:
     """Yield one row a step, by any rank."""
     seen = restarted = False
     dump = _Dump(source)
-    for line in source.lines():
+    told = ((line, _point(line)) for line in source.telling[:LOOK_AT] if _is_point(line))
+    ranks = Ranks(islice(((rank_of(line), row[STEP]) for line, row in told if row is not None), ENOUGH))
+    ranks.note(source.notes)
+    for raw in source.lines():
+        if ranks.skips(raw):
+            continue
+        line = whole(raw, source)
         if "step: " in line and (row := _point(line)) is not None:
             if restarted:
                 yield RESTARTED
                 restarted = False
             seen = True
-            yield row
+            if VAL_LOSS in row or not ranks.repeats(row[STEP]):
+                yield row
         elif "Training starts at step" in line or "initialized with" in line:
             match = _STARTS.search(line)
             restarted |= match is not None and (seen or int(match[1]) > 1)

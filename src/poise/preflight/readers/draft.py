@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from poise.core.errors import UserError
-from poise.preflight.settings import Settings
+from poise.preflight.settings import Said, Settings
 
 WEAK = ("default of ", "guessed from ")
 """How ``said`` begins where a field gives way to a file that really says it."""
@@ -24,26 +25,54 @@ _FALSE = frozenset({"false", "no", "off", "0"})
 _SKIPPED = frozenset({"source", "format", "methods", "said", "notes"})
 
 
+_OPEN = re.compile(r"\$[\w({@*#]|\{\{|^\?\?\?$")
+"""A value that only the shell, a template or another file knows."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unread:
+    """Stands for a value that is written and cannot be read."""
+
+    text: str = ""
+
+
 class Found(NamedTuple):
-    """A value, and how the source says it."""
+    """A value, ``None`` where it is written and cannot be read; how the source says it; and what it calls it."""
 
     value: Any
     said: str
+    key: str = ""
 
 
 class Draft:
-    """The fields of ``Settings`` as they are found."""
+    """The fields of ``Settings`` as they are found; ``called`` is what the source calls them."""
 
-    def __init__(self, source: str, form: str) -> None:
+    def __init__(self, source: str, form: str, called: Mapping[str, str] | None = None) -> None:
         self.source, self.form = source, form
         self.values: dict[str, Any] = {}
         self.said: dict[str, str] = {}
+        self.called: dict[str, str] = dict(called or {})
         self.notes: list[str] = []
+        self._unclear: set[str] = set()
 
     def put(self, name: str, found: Found | None) -> None:
-        """Set a field, where something was found."""
-        if found is not None:
-            self.values[name], self.said[name] = found
+        """Set a field, where something was found; what cannot be read leaves it unknown."""
+        if found is None:
+            return
+        if found.key:
+            self.called[name] = found.key
+        if found.value is None:
+            self.unknown(name)
+        else:
+            self.values[name], self.said[name] = found.value, found.said
+            self._unclear.discard(name)
+
+    def unknown(self, *names: str) -> None:
+        """Leave fields unknown, whatever the framework does by itself."""
+        for name in names:
+            self.values[name] = None
+            self.said.pop(name, None)
+            self._unclear.add(name)
 
     def default(self, name: str, value: Any, of: str) -> None:
         """Set a field that is not set as the framework does by itself."""
@@ -55,35 +84,80 @@ class Draft:
         return self.values.get(name)
 
     def settings(self) -> Settings:
-        return Settings(
-            source=self.source, format=self.form, said=dict(self.said), notes=tuple(self.notes), **self.values
-        )
+        said = Said(self.said, self.called, self._unclear)
+        return Settings(source=self.source, format=self.form, said=said, notes=tuple(self.notes), **self.values)
 
 
 class Keys:
     """The keys of a source, each to be asked for by all of its names.
 
+    What is written and cannot be read (``Unread``, a variable of the shell, a template) is found as ``None``.
+
     Args:
         raw: key -> value; ``None``, and the words ``None`` and ``null``, are as good as absent.
         where: the file, for messages.
         form: how the source writes a key with its value.
+        label: how the source writes a key.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str, form: Callable[[str, Any], str]) -> None:
-        self.raw, self.where, self.form = raw, where, form
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        where: str,
+        form: Callable[[str, Any], str],
+        label: Callable[[str], str] = str,
+    ) -> None:
+        self.raw, self.where, self.form, self.label = raw, where, form, label
         self._asked: set[str] = set()
+        self._unclear: dict[str, str] = {}
 
     def find(self, *names: str) -> tuple[str, Any] | None:
-        """Return the first of the names that has a value, and the value."""
+        """Return the first of the names that has a value, and the value; nothing where it cannot be read."""
+        found = self._seek(*names)
+        return None if found is None or isinstance(found[1], Unread) else found
+
+    def has(self, *names: str) -> bool:
+        """Return whether one of the names is written."""
+        return self._seek(*names) is not None
+
+    def is_unclear(self, *names: str) -> bool:
+        """Return whether a value is written and cannot be read."""
+        found = self._seek(*names)
+        return found is not None and isinstance(found[1], Unread)
+
+    def notes(self) -> list[str]:
+        """Return a note for each setting that was asked for and cannot be read."""
+        out = []
+        for key, text in self._unclear.items():
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            how = f"is {shown}, whose value the file does not say" if shown else "has a value that cannot be read"
+            out.append(" ".join(f"{self.label(key)} {how}".split()))
+        return out
+
+    def _seek(self, *names: str) -> tuple[str, Any] | None:
         self._asked.update(names)
         for name in names:
             value = self.raw.get(name)
-            if value is not None and not (isinstance(value, str) and value in ("None", "null", "")):
-                return name, value
+            if value is None or (isinstance(value, str) and value in ("None", "null", "")):
+                continue
+            parts = value if isinstance(value, list) else [value]
+            if any(isinstance(part, Unread) or (isinstance(part, str) and _OPEN.search(part)) for part in parts):
+                text = value.text if isinstance(value, Unread) else " ".join(map(str, parts))
+                self._unclear[name] = text
+                return name, Unread(text)
+            return name, value
         return None
 
-    def has(self, *names: str) -> bool:
-        return self.find(*names) is not None
+    def _typed(self, *names: str) -> tuple[str, Any] | Found | None:
+        """Return what is there, or what a typed look-up answers where it cannot be read."""
+        found = self._seek(*names)
+        if found is None:
+            return None
+        key, raw = found
+        if isinstance(raw, str) and raw.lower() == "auto":
+            self._unclear[key] = raw
+            raw = Unread(raw)
+        return Found(None, "", self.label(key)) if isinstance(raw, Unread) else (key, raw)
 
     def number(self, *names: str, low: float = -math.inf, high: float = math.inf) -> Found | None:
         """Return a finite number within bounds.
@@ -91,8 +165,9 @@ class Keys:
         Raises:
             UserError: something else.
         """
-        if (found := self.find(*names)) is None:
-            return None
+        found = self._typed(*names)
+        if found is None or isinstance(found, Found):
+            return found
         key, raw = found
         try:
             value = math.nan if isinstance(raw, bool | list | dict) else float(raw)
@@ -103,7 +178,7 @@ class Keys:
         if not low <= value <= high:
             bounds = f"a number of at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
             raise self._wrong(key, raw, bounds)
-        return Found(value, self.form(key, raw))
+        return Found(value, self.form(key, raw), self.label(key))
 
     def whole(self, *names: str, low: int = 0) -> Found | None:
         """Return a whole number of at least ``low``.
@@ -111,8 +186,9 @@ class Keys:
         Raises:
             UserError: something else.
         """
-        if (found := self.find(*names)) is None:
-            return None
+        found = self._typed(*names)
+        if found is None or isinstance(found, Found):
+            return found
         key, raw = found
         value: float = math.nan
         try:
@@ -122,7 +198,7 @@ class Keys:
             value = math.nan
         if not low <= value <= LARGEST or value != int(value):
             raise self._wrong(key, raw, f"a whole number of at least {low}")
-        return Found(int(value), self.form(key, raw))
+        return Found(int(value), self.form(key, raw), self.label(key))
 
     def size(self, *names: str) -> Found | None:
         """Return a whole number of at least 1."""
@@ -134,18 +210,19 @@ class Keys:
         Raises:
             UserError: something else.
         """
-        if (found := self.find(*names)) is None:
-            return None
+        found = self._typed(*names)
+        if found is None or isinstance(found, Found):
+            return found
         key, raw = found
         word = str(raw).lower()
         if isinstance(raw, list | dict) or word not in _TRUE | _FALSE:
             raise self._wrong(key, raw, "true or false")
-        return Found(word in _TRUE, self.form(key, raw))
+        return Found(word in _TRUE, self.form(key, raw), self.label(key))
 
     def is_on(self, *names: str) -> bool:
         """Return whether a flag is there and true."""
         found = self.flag(*names)
-        return found is not None and found.value
+        return found is not None and bool(found.value)
 
     def word(self, *names: str) -> Found | None:
         """Return a word in lower case; one of a list's where it has only that, ``Kind.name`` as ``name``.
@@ -153,12 +230,14 @@ class Keys:
         Raises:
             UserError: a list or a mapping.
         """
-        if (found := self.find(*names)) is None:
+        if (found := self._seek(*names)) is None:
             return None
         key, raw = found
+        if isinstance(raw, Unread):
+            return Found(None, "", self.label(key))
         if isinstance(raw, list | dict):
             raise self._wrong(key, raw, "a word")
-        return Found(str(raw).strip().lower(), self.form(key, raw))
+        return Found(str(raw).strip().lower(), self.form(key, raw), self.label(key))
 
     def wrong(self, name: str, wanted: str) -> UserError:
         """Return the error for a key that is there and means nothing."""
@@ -217,6 +296,8 @@ def merge(parts: Sequence[Settings]) -> Settings:
     first, *others = parts
     values = {f.name: getattr(first, f.name) for f in dataclasses.fields(Settings)}
     said, origin = dict(first.said), dict.fromkeys(values, first.source)
+    called = {name: own for part in reversed(parts) for name, own in part.called.items()}
+    unclear = {name for part in parts if isinstance(part.said, Said) for name in part.said.unclear}
     for part in others:
         for name in values.keys() - _SKIPPED:
             value = getattr(part, name)
@@ -224,7 +305,7 @@ def merge(parts: Sequence[Settings]) -> Settings:
             if value is None or (value == values[name] and not here.startswith(WEAK)):
                 continue
             there = part.said.get(name, f"{name} = {value}")
-            if values[name] is not None and there.startswith(WEAK):
+            if (values[name] is not None or name in unclear) and there.startswith(WEAK):
                 continue
             if values[name] is not None and not here.startswith(WEAK):
                 here = here or f"{name} = {values[name]}"
@@ -233,7 +314,11 @@ def merge(parts: Sequence[Settings]) -> Settings:
                     "mend one of them or leave one file out"
                 )
             values[name], said[name], origin[name] = value, there, part.source
-    values["said"] = said
+            called |= {name: own for own in (part.called.get(name),) if own}
+    for name in [name for name in unclear if said.get(name, "").startswith(WEAK)]:
+        values[name] = None
+        del said[name]
+    values["said"] = Said(said, called, {name for name in unclear if values[name] is None})
     values["source"] = ", ".join(part.source for part in parts)
     values["notes"] = tuple(note for part in parts for note in part.notes)
     values["methods"] = tuple(dict.fromkeys(method for part in parts for method in part.methods))

@@ -13,6 +13,8 @@ from poise.preflight.rules.base import (
     heat,
     logits_bounded,
     names,
+    put,
+    put_lr,
     rule,
     says,
     short,
@@ -34,7 +36,7 @@ def _qk_norm(s: Settings) -> Verdict | None:
         f"{says(s, 'lr')} at {short(size)} weights, {hot:.2g} x the usual {usual:.2g}, and nothing bounds attention "
         f"logits ({says(s, 'qk_norm')})"
     )
-    mend = f"apply qk_norm (or QK-Clip where it does not fit), or lower lr to {usual:.2g}"
+    mend = f"apply qk_norm (or QK-Clip where it does not fit), or {put_lr(s, usual)}"
     if size >= 1e9 and hot >= 2:
         return Verdict("critical" if hot >= 4 else "warning", what, mend)
     if hot >= 10:
@@ -63,7 +65,7 @@ def _z_loss(s: Settings) -> Verdict | None:
     return Verdict(
         "warning" if size is not None and size >= 1e9 and hot >= 3 else "note",
         f"{says(s, 'lr')} is {hot:.2g} x the usual rate at this size, and {says(s, 'z_loss')}",
-        "z_loss = 1e-5 (OLMo 2) to 1e-4 (PaLM, Marin), over the full logits",
+        f"{put(s, 'z_loss', '1e-5')} (OLMo 2) to 1e-4 (PaLM, Marin), over the full logits",
         also=("logit_soft_cap",),
     )
 
@@ -106,7 +108,7 @@ def _router(s: Settings) -> Verdict | None:
     if not s.n_experts or s.router_z_loss:
         return None
     return Verdict(
-        "note", f"{says(s, 'n_experts', 'router_z_loss')}", "router_z_loss = 1e-3, or watch the router's logits"
+        "note", f"{says(s, 'n_experts', 'router_z_loss')}", f"{put(s, 'router_z_loss', '1e-3')}, or watch the router's logits"
     )
 
 

@@ -14,6 +14,12 @@ from typing import Final
 from poise.core.types import Severity
 from poise.preflight.settings import Finding, Settings
 
+WEAK: Final = ("default of ", "guessed from ")
+"""How a field's words begin that the source does not say itself."""
+
+_GUESSED: Final = ("dtype", "init_std", "embed_std")
+"""Fields that raise no severity above a note where nobody wrote them: readers fill them in from neighbours."""
+
 RANK: Final = {"critical": 0, "warning": 1, "note": 2}
 """Order of severities, the gravest first."""
 
@@ -79,9 +85,13 @@ def rule(
         if said is None:
             return None
         assert RANK[said.severity] >= RANK[severity], f"{id} gave {said.severity}, above its {severity}"
-        return Finding(
-            id, said.severity, said.what, said.why or why, said.mend, said.source or source, needs + said.also
-        )
+        given = said.severity
+        unsaid = {name: None for name in _GUESSED if weak(settings, name)}
+        if unsaid and given != "note":
+            # As grave as it is without the guess, and a note where it rests on the guess.
+            without = None if unsaid.keys() & set(needs) else verdict(replace(settings, **unsaid))  # type: ignore[arg-type]
+            given = max(without.severity if without else "note", given, key=RANK.__getitem__)
+        return Finding(id, given, said.what, said.why or why, said.mend, said.source or source, needs + said.also)
 
     return Rule(id, title, severity, needs, judge, source, why)
 
@@ -90,6 +100,18 @@ def says(settings: Settings, *names: str) -> str:
     """Return how the source says those of the fields that it says: ``a = 1, b = 2``."""
     said = [settings.say(name) for name in names if getattr(settings, name) is not None]
     return ", ".join(dict.fromkeys(said))  # one setting may hold two of them
+
+
+def weak(settings: Settings, name: str) -> bool:
+    """Return whether a field is only what a framework does by itself, or guessed from a neighbouring setting."""
+    return settings.said.get(name, "").startswith(WEAK)
+
+
+def put(settings: Settings, name: str, value: float | str) -> str:
+    """Return what to write for a field, by the source's own name of it: ``warmup_steps = 2000``, ``--lr 0.0003``."""
+    text = value if isinstance(value, str) else f"{value:d}" if isinstance(value, int) else f"{value:.2g}"
+    own = settings.name_of(name)
+    return f"{own} {text}" if own.startswith("-") else f"{own} = {text}"
 
 
 def short(number: float) -> str:
@@ -163,6 +185,12 @@ def usual_lr(weights: float) -> float:
             return float(below[1] * (above[1] / below[1]) ** share)
         below = above
     return below[1]
+
+
+def put_lr(settings: Settings, lr: float) -> str:
+    """Return what to write for a peak learning rate; with the minimum where that would lie above it."""
+    low = "" if settings.min_lr is None or settings.min_lr <= lr else f", {put(settings, 'min_lr', lr / 10)}"
+    return put(settings, "lr", lr) + low
 
 
 def heat(settings: Settings) -> float | None:

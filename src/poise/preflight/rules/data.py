@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from poise.preflight.rules.base import Rule, Verdict, rule, says, short
+from poise.preflight.rules.base import Rule, Verdict, put, rule, says, short
 from poise.preflight.settings import Settings
 
 
@@ -15,7 +15,7 @@ def _positions(s: Settings) -> Verdict | None:
     return Verdict(
         "critical" if s.positions == "learned" else "warning",
         says(s, "seq_len", "max_positions", "positions"),
-        f"seq_len = {s.max_positions}, or max_positions = {s.seq_len}",
+        f"{put(s, 'seq_len', s.max_positions)}, or {put(s, 'max_positions', s.seq_len)}",
         "There is no vector for the positions above: the look-up fails, or reads beyond the table."
         if s.positions == "learned"
         else "",
@@ -30,13 +30,13 @@ def _vocab(s: Settings) -> Verdict | None:
         return Verdict(
             "critical",
             f"{what}: the tokenizer gives ids that the model does not have",
-            f"vocab_size = {-(-s.tokenizer_vocab // 128) * 128}",
+            put(s, "vocab_size", -(-s.tokenizer_vocab // 128) * 128),
         )
     if s.vocab_size > 1.25 * s.tokenizer_vocab + 1024:
         return Verdict(
             "note",
             f"{what}: {s.vocab_size - s.tokenizer_vocab} rows are never a target",
-            f"vocab_size = {-(-s.tokenizer_vocab // 128) * 128}",
+            put(s, "vocab_size", -(-s.tokenizer_vocab // 128) * 128),
             "Rows that never are a target are only pushed down; it may be another tokenizer's size.",
         )
     return None

@@ -13,6 +13,7 @@ from poise.preflight.rules.base import (
     logits_bounded,
     names,
     outputs_normalised,
+    put,
     rule,
     says,
 )
@@ -77,7 +78,7 @@ def _width(s: Settings) -> Verdict | None:
         return None
     small = small_std(s.d_model)
     ratio = s.init_std / small
-    mend = f"set it to sqrt(2 / (5 width)) = {small:.2g}"
+    mend = f"{put(s, 'init_std', small)}, which is sqrt(2 / (5 width))"
     if s.init_std == 0.0:
         return Verdict(
             "critical",
@@ -178,7 +179,7 @@ def _tied(s: Settings) -> Verdict | None:
         "critical" if logit > 30 else "warning",
         f"{says(s, 'tied')}, and the embedding starts with {std:.3g}: output logits start with a standard deviation of "
         f"{logit:.3g}",
-        f"untie the head, or start the embedding at {small_std(s.d_model):.2g} and scale its output instead",
+        f"{put(s, 'embed_std', small_std(s.d_model))} and scale its output instead, or untie the head",
         also=("embed_std", "init_std"),
     )
 
@@ -190,7 +191,7 @@ def _decay(s: Settings) -> Verdict | None:
     return Verdict(
         "warning" if hot else "note",
         f"weight decay ({says(s, 'weight_decay')}) acts on the embedding too",
-        "set it to 0 for the embedding",
+        "leave the embedding out of weight decay",
         also=("lr", "embed_norm"),
     )
 

@@ -6,7 +6,7 @@ import math
 from functools import cache
 from typing import Final
 
-from poise.preflight.rules.base import Rule, Verdict, dense_size, is_adam, rule, says, short, usual_lr
+from poise.preflight.rules.base import Rule, Verdict, dense_size, is_adam, put, put_lr, rule, says, short, usual_lr
 from poise.preflight.settings import Settings
 
 LARGE_BATCH: Final = 2**19
@@ -35,20 +35,24 @@ def _in_range(s: Settings) -> bool:
     return s.beta1 is not None and s.beta2 is not None and 0 <= s.beta1 < 1 and 0 <= s.beta2 < 1
 
 
+def _usual_betas(s: Settings) -> str:
+    return f"{put(s, 'beta1', 0.9)}, {put(s, 'beta2', 0.95)}"
+
+
 def _beta_range(s: Settings) -> Verdict | None:
     assert s.beta1 is not None and s.beta2 is not None
     if not _in_range(s):
         return Verdict(
             "critical",
             f"{says(s, 'beta1', 'beta2')}: an average's decay must be below 1",
-            "beta1 = 0.9, beta2 = 0.95",
+            _usual_betas(s),
             "At 1 the average never takes anything in; optimizers refuse it.",
         )
     if is_adam(s) and s.beta1**2 > s.beta2:
         return Verdict(
             "warning",
             f"{says(s, 'beta1', 'beta2')}: beta1 is above sqrt(beta2) = {math.sqrt(s.beta2):.3g}",
-            "beta1 = 0.9, beta2 = 0.95",
+            _usual_betas(s),
         )
     return None
 
@@ -61,13 +65,16 @@ def _beta2_batch(s: Settings) -> Verdict | None:
     tokens, size = s.batch_tokens, dense_size(s)
     if peak < 1.4 or (tokens is not None and tokens < 2**17):
         return None
+    mended, _ = overshoot(s.beta1, 0.95)
+    alone = mended < 1.4 and s.beta1**2 <= 0.95
+    best = mended if alone else overshoot(0.9, 0.95)[0]
     large = tokens is not None and tokens >= LARGE_BATCH and size is not None and size >= 1e9
     batch = f", {short(tokens)} tokens a step" if tokens is not None else ""
     return Verdict(
         "warning" if large and peak >= 1.5 else "note",
         f"{says(s, 'beta1', 'beta2')}{batch}: when gradients grow suddenly, steps reach {peak:.3g} x the learning rate "
         f"{at} steps later",
-        "beta2 = 0.95 (1.1 x)",
+        f"{put(s, 'beta2', 0.95) if alone else _usual_betas(s)} (overshoot {best:.2g} x)",
         also=("batch_sequences", "seq_len"),
     )
 
@@ -75,6 +82,11 @@ def _beta2_batch(s: Settings) -> Verdict | None:
 def gradient_rms(weights: float, clip: float) -> float:
     """Return the largest root mean square that one element of a clipped gradient can have: clip / sqrt(weights)."""
     return clip / math.sqrt(weights)
+
+
+def _fitting_eps(weights: float, clip: float = 1.0) -> float:
+    """Return 1e-8, or the power of ten that is a hundredth of such gradients or less."""
+    return float(min(1e-8, 10.0 ** math.floor(math.log10(gradient_rms(weights, clip) / 100))))
 
 
 def _eps(s: Settings) -> Verdict | None:
@@ -86,22 +98,22 @@ def _eps(s: Settings) -> Verdict | None:
         return Verdict(
             "warning",
             f"{says(s, 'eps')}",
-            "eps = 1e-8",
+            put(s, "eps", f"{_fitting_eps(size or 1.0):.0e}"),
             "Where a gradient is exactly zero, as in rows of "
             "the embedding that a batch does not use, the step is 0 / 0.",
         )
     if not size:
         return None
-    clip = s.clip or 1.0
+    clip = min(s.clip or 1.0, 1.0)  # a wide bound makes usual gradients no larger
     rms = gradient_rms(size, clip)
     share = s.eps / rms
     if share < 0.1:
         return None
     return Verdict(
-        "critical" if share >= 100 else "warning" if share >= 3 else "note",
+        "critical" if share >= 30 else "warning" if share >= 3 else "note",
         f"{says(s, 'eps')} against gradients of at most {rms:.2g} an element on average (estimate: norm {clip:g} over "
         f"sqrt of {short(size)} weights)",
-        f"eps = {min(1e-8, 10 ** math.floor(math.log10(rms / 100))):.0e}",
+        put(s, "eps", f"{_fitting_eps(size, clip):.0e}"),
         also=("clip", "params"),
     )
 
@@ -114,14 +126,14 @@ def _clip(s: Settings) -> Verdict | None:
         return Verdict(
             "warning" if big or s.dtype == "fp16" else "note",
             f"{says(s, 'clip')}: gradients are not clipped",
-            "clip = 1.0",
+            put(s, "clip", 1.0),
         )
     if s.clip <= 2.0:
         return None
     return Verdict(
         "warning" if big else "note",
         f"{says(s, 'clip')}",
-        "clip = 1.0",
+        put(s, "clip", 1.0),
         "OPT-175B's failing lineage began with 2.5 and went to 1.5 and 1.0; nearly all published runs use 1.0 or less.",
         "OPT-175B logbook (facebookresearch/metaseq)",
     )
@@ -136,7 +148,7 @@ def _no_decay(s: Settings) -> Verdict | None:
             else Verdict(
                 "note",
                 f"{says(s, 'weight_decay')} in bf16",
-                "weight_decay = 0.1, not on embeddings and norms",
+                f"{put(s, 'weight_decay', 0.1)}, not on embeddings and norms",
                 also=("dtype",),
             )
         )
@@ -146,7 +158,7 @@ def _no_decay(s: Settings) -> Verdict | None:
     return Verdict(
         "note",
         f"{says(s, 'weight_decay')}{lr}",
-        "weight_decay = 0.1",
+        put(s, "weight_decay", 0.1),
         "Weights forget with a time constant of 1 / (lr x weight decay) steps; published runs use 0.05 to 0.1.",
         "Wang and Aitchison 2024, arXiv 2405.13698; settings of the runs in docs/case-studies.md",
     )
@@ -163,7 +175,7 @@ def _lion(s: Settings) -> Verdict | None:
     return Verdict(
         "warning",
         f"{says(s, 'optimizer', 'lr')} at {short(size)} weights, where AdamW's usual rate is {usual:.2g}",
-        f"lr = {usual / 5:.1g}, and a weight decay 3 to 10 times AdamW's",
+        f"{put_lr(s, usual / 5)}, and a weight decay 3 to 10 times AdamW's",
     )
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import fields, replace
 from typing import Any, Final
 
-from poise.preflight.rules.base import Rule, Verdict, rule
+from poise.preflight.rules.base import Rule, Verdict, rule, weak
 from poise.preflight.settings import Settings
 
 _AT_LEAST_ONE: Final = (
@@ -37,6 +37,28 @@ SMALLEST: Final = 1e-40
 """Outside these a number that is not 0 is a mistake."""
 
 
+MOST: Final = {
+    "n_layers": 1e5,
+    "d_model": 1e7,
+    "head_dim": 1e6,
+    "n_heads": 1e6,
+    "n_kv_heads": 1e6,
+    "d_ff": 1e8,
+    "vocab_size": 1e8,
+    "tokenizer_vocab": 1e8,
+    "n_experts": 1e6,
+    "seq_len": 1e10,
+    "batch_sequences": 1e9,
+    "ramp_from": 1e9,
+    "devices": 1e7,
+    "params": 1e16,
+    "init_std": 1e6,
+    "embed_std": 1e6,
+    "lr": 1e6,
+}
+"""Field -> the largest value that can be meant; far above every model there is."""
+
+
 def problem(name: str, value: Any) -> str:
     """Return why a field's value cannot be used; nothing where it can, or is not said.
 
@@ -54,7 +76,7 @@ def problem(name: str, value: Any) -> str:
         return "is no number"
     if isinstance(value, float) and not math.isfinite(value):
         return "is not finite"
-    if abs(value) > LARGEST:
+    if abs(value) > MOST.get(name, LARGEST):
         return "is far too large"
     if value < 0:
         return "is below 0"
@@ -74,8 +96,13 @@ def problems(settings: Settings) -> dict[str, str]:
 
 
 def cleaned(settings: Settings) -> Settings:
-    """Return the settings without values that cannot be used; whole numbers are ``int``, as 4096.0 is."""
+    """Return the settings without values that cannot be used; whole numbers are ``int``, as 4096.0 is.
+
+    fp16 that nobody wrote is not said either: the dtype of a file on disk is not that of the training.
+    """
     changed: dict[str, Any] = dict.fromkeys(problems(settings))
+    if settings.dtype == "fp16" and weak(settings, "dtype"):
+        changed["dtype"] = None
     for name, kind in _KINDS.items():
         value = getattr(settings, name)
         if kind == "int" and isinstance(value, float) and name not in changed:
