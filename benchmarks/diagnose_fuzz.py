@@ -138,7 +138,8 @@ SAMPLES: dict[str, bytes] = {
     "wandb": wandb_file(),
     "megatron": lines(
         " [2024-05-01 10:00:00] iteration {s:8d}/ {n:8d} | consumed samples: {t:12d} | "
-        "elapsed time per iteration (ms): 1234.5 | learning rate: {lr:.6E} | global batch size: 64 | lm loss: {x:.6E} | loss scale: 65536.0 | "
+        "elapsed time per iteration (ms): 1234.5 | learning rate: {lr:.6E} | global batch size: 64 | "
+        "lm loss: {x:.6E} | loss scale: 65536.0 | "
         "grad norm: {g:.3f} | number of skipped iterations:   0 | number of nan iterations:   0 |",
         "------------------------ arguments ------------------------\n  adam_beta1 ...................... 0.9\n"
         "-------------------- end of arguments ---------------------\n",
