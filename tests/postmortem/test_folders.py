@@ -33,7 +33,10 @@ E0, E1, E2 = (f"events.out.tfevents.{170000000 + i}.host.7.{i}" for i in (0, 1, 
         ([E1, E0, "hparams.yaml"], [E0, E1]),
         ([f"{E0}.v2", "events.out.tfevents.1.profile-empty"], [f"{E0}.v2"]),
         ([f"only/{E0}", f"only/{E1}", "notes/readme.md"], [f"only/{E0}", f"only/{E1}"]),
-        ([E0, f"loss_train/{E1}", f"loss_val/{E1}"], [E0]),
+        ([E0, f"loss_train/{E1}", f"loss_val/{E1}"], [f"loss_train/{E1}"]),
+        ([f"loss_train/{E1}", f"loss_val/{E1}", f"acc_train/{E1}"], [f"loss_train/{E1}"]),
+        ([E0, f"layer_1/{E1}", f"layer_2/{E1}"], [E0]),
+        (["my_model/version_0/metrics.csv", "train.py"], ["my_model/version_0/metrics.csv"]),
         ([f"train/{E0}", f"validation/{E1}"], [f"train/{E0}"]),
         (["trainer_state.json", f"runs/Nov21_host/{E0}", "config.json"], ["trainer_state.json"]),
         (["trainer_log.jsonl", "trainer_state.json"], ["trainer_state.json"]),
@@ -100,6 +103,10 @@ def test_a_lost_latest_run_is_no_harm(tmp_path: Path) -> None:
         ([f"a/{E0}", f"b/{E0}"], ["2 runs", "'a'", "'b'"]),
         ([f"lightning_logs/version_{i}/metrics.csv" for i in range(6)], ["6 runs", "'version_0'", "2 more"]),
         ([f"train/{E0}", f"training/{E0}"], ["2 runs"]),
+        (
+            [f"my_model/version_{i}/metrics.csv" for i in range(2)],
+            ["2 runs", "'my_model/version_0'", "'my_model/version_1'"],
+        ),
         (["a.log", "b.log"], ["2 logs", "'a.log'", "'b.log'"]),
     ],
 )
@@ -116,3 +123,9 @@ def test_nothing_or_several(tmp_path: Path, names: list[str], told: list[str]) -
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         members(tmp_path / "gone")
+
+
+def test_event_files_with_events_go_before_added_scalars(tmp_path: Path) -> None:
+    make(tmp_path, E0, f"loss_train/{E1}", f"loss_val/{E1}")
+    (tmp_path / E0).write_bytes(bytes(1000))
+    assert found(tmp_path) == [E0]

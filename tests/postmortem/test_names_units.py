@@ -62,6 +62,22 @@ def values(log: Log, name: str = "loss") -> dict[int, float]:
         ("max_attention_logit", "max_attention_logit"),
         ("train/Z loss", "z_loss"),
         ("train/load balancing loss", "load_balancing_loss"),
+        *((name, "loss") for name in ("nll", "train/ce", "xent", "tr_loss", "batch_loss", "mlm_loss", "loss_mean")),
+        *((name, "loss") for name in ("train/loss/mean", "losses/train", "loss_lm", "TrainLoss", "trainLoss")),
+        *((name, "lr") for name in ("lr-SGD", "lr-Adam", "lr-Muon/pg1", "opt/lr", "schedule/lr")),
+        *((name, "grad_norm") for name in ("total_norm", "global_norm", "grads/global_norm", "grad/global_norm")),
+        *((name, "grad_norm") for name in ("gradients/norm", "grad_norm_preclip", "grad_norm_before_clip", "grad")),
+        *((name, "grad_norm") for name in ("unclipped_grad_norm", "actor/grad_norm", "grad_norm_avg", "gradNorm")),
+        *((name, "step") for name in ("itr", "iters", "step_num", "step_count", "batch_idx", "updates", "n_updates")),
+        *((name, "step") for name in ("n_steps", "opt_steps", "update_step", "global_iter", "cur_step", "i", "index")),
+        ("trainLmLoss", "loss"),
+        ("globalStep", "step"),
+        ("ValLoss", "val_loss"),
+        ("val_nll", "val_loss"),
+        ("lr-SGD-momentum", None),
+        ("lr-scheduler", None),
+        ("value", None),
+        ("params/global_norm", None),
         ("layer.3/grad_norm", None),
         ("attn_logit_max@block.0", None),
         ("lm loss vs samples", None),
@@ -81,6 +97,22 @@ def test_what_a_column_means(raw: str, meaning: str | None) -> None:
 def test_no_alias_stands_twice() -> None:
     every = [alias for table in (names.ALIASES, names.FURTHER) for aliases in table.values() for alias in aliases]
     assert sorted(set(every)) == sorted(every)
+
+
+def test_a_perplexity_stands_for_a_loss(tmp_path: Path) -> None:
+    text = "step,ppl,val_ppl\n" + "".join(f"{s},{math.exp(4 - s / 8)},{math.e**4}\n" for s in range(8))
+    log = read(tmp_path, text)
+    assert values(log) == pytest.approx({s: 4 - s / 8 for s in range(8)}) and log.loss_unit == "nats"
+    assert values(log, "val_loss")[3] == pytest.approx(4.0)
+    assert any("'ppl' is a perplexity; its natural logarithm is the loss" in note for note in log.notes)
+    log = read(tmp_path, "step,loss,ppl\n1,3,20.1\n2,2,7.39\n")
+    assert values(log) == {1: 3, 2: 2} and values(log, "ppl") == {1: 20.1, 2: 7.39}
+
+
+def test_bits_stand_for_a_loss(tmp_path: Path) -> None:
+    for name in ("bpb", "train/bits_per_byte", "bpc"):
+        log = read(tmp_path, f"step,{name}\n1,1.5\n2,1.25\n")
+        assert values(log) == {1: 1.5, 2: 1.25} and log.loss_unit == "bits"
 
 
 def test_one_set_of_several_gives_way_to_the_whole(tmp_path: Path) -> None:

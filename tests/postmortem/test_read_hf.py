@@ -298,3 +298,41 @@ def test_llama_factory_log_is_json_lines(tmp_path: Path) -> None:
 def test_any_text_can_be_asked(text: str) -> None:
     events = [event for line in text.splitlines() for event in hf_stdout.events_of(line)]
     assert all(event.count >= 0 for event in events if isinstance(event, hf_stdout.Bar))
+
+
+@pytest.mark.parametrize("front", ["Step {}: ", "[{}/600] ", "INFO step={} metrics=", "global_step {} - "])
+def test_a_step_in_front_of_the_dict(tmp_path: Path, front: str) -> None:
+    path = tmp_path / "run.log"
+    path.write_text(
+        "".join(front.format(10 * i) + str({"loss": 9 - i / 10, "learning_rate": 1e-3}) + "\n" for i in range(1, 30))
+    )
+    steps, losses = read_log(path).series["loss"]
+    assert steps.tolist() == [10 * i for i in range(1, 30)]
+    assert losses.tolist() == [9 - i / 10 for i in range(1, 30)]
+
+
+def test_what_is_the_same_in_front_of_every_dict_is_no_step(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    path.write_text("".join(f"[1/8] {{'loss': {9 - i / 10}, 'learning_rate': 0.001}}\n" for i in range(1, 30)))
+    assert read_log(path).series["loss"][0].tolist() == list(range(1, 30))
+
+
+def test_dicts_of_several_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    path.write_text(
+        "".join(
+            f"[rank{r}]: {{'loss': {9 - i / 10 + r}, 'learning_rate': 0.001, 'epoch': {i / 100}}}\n"
+            for i in range(1, 30)
+            for r in (1, 0)
+        )
+    )
+    log = read_log(path)
+    assert log.series["loss"][1].tolist() == [9 - i / 10 for i in range(1, 30)]
+    assert any("rank 0" in note for note in log.notes)
+
+
+def test_the_evaluation_at_the_end_is_one_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    rows = [f"{{'loss': {9 - i / 10}, 'learning_rate': 0.001, 'epoch': {i / 10}}}" for i in range(1, 13)]
+    path.write_text("\n".join([*rows, "{'eval_loss': 2.5, 'epoch': 1.2}", "{'eval_loss': 2.25, 'epoch': 1.25}"]) + "\n")
+    assert read_log(path).series["val_loss"][1].tolist() == [2.5, 2.25]

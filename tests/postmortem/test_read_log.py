@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from poise.core import journal
 from poise.core.errors import UserError
-from poise.postmortem import Log, read_log
+from poise.postmortem import Log, branches, read_log
+from poise.postmortem.readers import jsonl as json_lines
 from poise.postmortem.readers import names
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -61,9 +62,23 @@ def test_tables_in_every_dress(tmp_path: Path, text: str) -> None:
 
 
 def test_no_header(tmp_path: Path) -> None:
-    log = read(tmp_path, "1 8.05\n2 7.75\n3 7.03\n", "losses.txt")
-    assert losses(log) == {1: 8.05, 2: 7.75, 3: 7.03}
+    log = read(tmp_path, "".join(f"{s} {8.05 - s / 8}\n" for s in range(1, 13)), "losses.txt")
+    assert losses(log) == {s: 8.05 - s / 8 for s in range(1, 13)}
     assert said(log, "no header")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"{s},{70 + s % 7},{s % 3}\n" for s in range(60)),  # whole numbers: some count
+        "".join(f"{s} {s * 1.5}\n" for s in range(60)),  # rises all the way
+        "".join(f"{s} {9 - s / 8}\n" for s in range(9)),  # too few
+        "".join(f"{s % 5} {9 - s / 8}\n" for s in range(60)),  # nothing that counts
+    ],
+)
+def test_numbers_without_a_name_that_are_no_loss(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="looked for"):
+        read(tmp_path, text, "numbers.txt")
 
 
 def test_nan_and_inf_are_values_and_absent_is_not(tmp_path: Path) -> None:
@@ -197,6 +212,41 @@ def test_json_numbers_as_python_writes_them(tmp_path: Path) -> None:
     assert said(log, "the last line is cut off and left out (at line 4)")
 
 
+@pytest.mark.parametrize("nan", ["nan", "NAN", "-nan", "NaN", "nan(ind)"])
+def test_json_lines_of_programs_that_do_not_know_json(tmp_path: Path, nan: str) -> None:
+    text = ""
+    for s in range(1, 7):
+        text += f'{{"note": "nan, \\"inf", "step": {s}, "loss": {nan if s > 3 else 2.5}, "grad_norm": inf}}\n'
+    log = read(tmp_path, text + f'{{"step": 7, "loss": {nan}, "x": nano}}\n')
+    steps, values = log.series["loss"]
+    assert steps.tolist() == [1, 2, 3, 4, 5, 6] and np.isnan(values).tolist() == [False] * 3 + [True] * 3
+    assert set(log.series["grad_norm"][1].tolist()) == {math.inf}
+    assert said(log, "cut off")
+
+
+def test_nan_within_words_is_left_alone() -> None:
+    assert json_lines.loads('{"nan": 1, "a\\"nan": -INF, "b": [+inf], "c": "x nan y"}') == {
+        "nan": 1,
+        'a"nan': -math.inf,
+        "b": [math.inf],
+        "c": "x nan y",
+    }
+    for text in ('{"a": nano}', '{"a": x.nan}', '"' * 99_999, '{"a": "' + '\\"' * 99_999, "nan" * 99_999):
+        assert json_lines.loads(text) is None
+
+
+def test_a_loss_that_is_null_to_the_end_was_nan(tmp_path: Path) -> None:
+    def log_of(*values: float | None, **more: float) -> Log:
+        return read(tmp_path, jsonl(*({"step": s, "loss": x, "lr": 0.1} | more for s, x in enumerate(values, 1))))
+
+    log = log_of(3.0, None, 2.5, *[None] * 5)
+    assert list(losses(log)) == [1, 3, 4, 5, 6, 7, 8] and np.isnan(log.series["loss"][1][2:]).all()
+    assert said(log, "'loss' is null in the last 5 rows") and len(log.series["lr"][0]) == 8
+    assert list(losses(log_of(3.0, 2.5, *[None] * 4))) == [1, 2]
+    assert list(losses(log_of(3.0, *[None] * 9, 2.5))) == [1, 11]
+    assert list(losses(log_of(3.0, 2.5, *[None] * 9, eval_loss=2.0))) == [1, 2]
+
+
 def test_sparse_columns_keep_their_own_steps(tmp_path: Path) -> None:
     records = [{"step": s, "loss": 1.0} | ({"val/loss": 2.0} if s % 5 == 0 else {}) for s in range(1, 21)]
     log = read(tmp_path, jsonl(*records))
@@ -241,11 +291,83 @@ def test_repeated_steps_and_falling_steps(tmp_path: Path) -> None:
     assert said(log, "read from the end")
 
 
-def test_one_stray_row_does_not_wipe_out_the_log(tmp_path: Path) -> None:
-    rows = [*range(1, 101), 3, *range(101, 121)]
-    log = read(tmp_path, "step,loss\n" + "".join(f"{s},{s}\n" for s in rows))
-    assert len(losses(log)) == 120 and losses(log)[3] == 3
-    assert said(log, "stray")
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [*range(1, 101), 3, *range(101, 121)],
+        [*range(1, 121), 20],  # "Best: step 20 loss 5.1"
+        [*range(1, 121), 20, 30],
+        [*range(1, 121), 60, 40, 20],
+        [*range(1, 50), 3, 4, *range(50, 121)],
+        [s for t in range(10, 121, 10) for s in (*range(t - 9, t + 1), max(t - 9, 1))],  # "best so far: step 11"
+        [*range(1, 100), 98, *range(100, 121)],
+    ],
+)
+def test_stray_rows_do_not_wipe_out_the_log(tmp_path: Path, rows: list[int]) -> None:
+    text, seen = "step,loss\n", set[int]()
+    for s in rows:
+        text += f"{s},{-1 if s in seen else s}\n"
+        seen.add(s)
+    log = read(tmp_path, text)
+    assert losses(log) == {s: s for s in range(1, 121)}
+    assert said(log, "stray") and not said(log, "seam") and log.restarts == ()
+
+
+def test_three_rising_rows_are_a_rewind_and_two_are_not(tmp_path: Path) -> None:
+    def after(*again: int) -> dict[int, float]:
+        text = "".join(f"{s},1\n" for s in range(10, 210, 10)) + "".join(f"{s},2\n" for s in again)
+        return losses(read(tmp_path, "step,loss\n" + text))
+
+    assert list(after(100, 110)) == list(range(10, 210, 10)) and set(after(100, 110).values()) == {1}
+    assert after(100, 110, 120) == {s: 1.0 if s < 100 else 2.0 for s in range(10, 130, 10)}
+    assert after(195, 200, 210)[195] == 2.0 and after(195, 200, 210)[190] == 1.0
+    assert after(100, 110, 120, 50)[120] == 2.0
+
+
+def test_a_stray_row_does_not_touch_the_other_columns(tmp_path: Path) -> None:
+    rows = [{"step": s, "loss": 5.0 - s / 10, "lr": 0.1} for s in range(1, 31)]
+    log = read(tmp_path, jsonl(*rows, {"step": 8, "loss": 1.0}, {"step": 30, "eval_loss": 2.5}))
+    assert len(losses(log)) == 30 and len(log.series["lr"][0]) == 30 and log.series["val_loss"][0].tolist() == [30]
+
+
+@pytest.mark.parametrize("first", [0, 1, 10])
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_steps_that_start_anew_in_each_epoch_are_counted_on(tmp_path: Path, first: int, form: str) -> None:
+    every = 10 if first == 10 else 1
+    points = [(epoch, first + every * i) for epoch in range(3) for i in range(20)]
+    text = "epoch,batch,loss\n" + "".join(f"{e},{s},{9 - e - i / 80}\n" for i, (e, s) in enumerate(points))
+    if form == "jsonl":
+        text = jsonl(*({"epoch": e, "batch": s, "loss": 9.0 - i / 80} for i, (e, s) in enumerate(points)))
+    log = read(tmp_path, text)
+    assert list(losses(log)) == [first + every * i for i in range(60)]
+    assert said(log, "counted on (3 epochs)") and not said(log, "seam") and log.restarts == ()
+
+
+def test_a_run_that_went_back_an_epoch_is_not_counted_on(tmp_path: Path) -> None:
+    points = [(0, s) for s in range(1, 11)] + [(1, s) for s in range(1, 7)] + [(0, s) for s in range(5, 11)]
+    points += [(1, s) for s in range(1, 11)]
+    log = read(tmp_path, "epoch,step,loss\n" + "".join(f"{e},{s},{i}\n" for i, (e, s) in enumerate(points)))
+    assert list(losses(log)) == list(range(1, 21)) and losses(log)[5] == 16 and losses(log)[20] == len(points) - 1
+    assert log.restarts == (5,)
+
+
+def test_a_small_step_back_begins_no_epoch() -> None:
+    steps = np.array([10, 20, 30, 25, 40])
+    assert branches.count_on(steps, np.array([1.0, 1.0, 1.0, 1.1, 1.2])) == 0 and steps.tolist() == [10, 20, 30, 25, 40]
+
+
+def test_fractions_of_an_epoch_go_back_with_a_rewind(tmp_path: Path) -> None:
+    rows = [*range(10, 310, 10), *range(210, 410, 10)]
+    log = read(tmp_path, "step,loss,epoch\n" + "".join(f"{s},{9 - s / 100},{s / 100}\n" for s in rows))
+    assert list(losses(log)) == list(range(10, 410, 10)) and said(log, "seam")
+
+
+@pytest.mark.parametrize("column", ["batch", "step"])
+def test_a_step_that_never_changes_is_none(tmp_path: Path, column: str) -> None:
+    log = read(tmp_path, f"{column},loss\n" + "".join(f"32,{9 - s}\n" for s in range(4)))
+    assert losses(log) == {s + 1: 9 - s for s in range(4)} and said(log, f"'{column}' is the same in all rows")
+    log = read(tmp_path, f"{column},itr,loss\n" + "".join(f"32,{10 * s},{9 - s}\n" for s in range(4)))
+    assert list(losses(log)) == [0, 10, 20, 30] and log.step_unit == "steps"
 
 
 # -- journals ------------------------------------------------------------------------------------------
@@ -382,6 +504,26 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         read_log(tmp_path / "empty")
     with pytest.raises(UserError, match="is empty"):
         read_log("/dev/null")
+    for name in ("", "  "):
+        with pytest.raises(UserError, match="name of the log is empty"):
+            read_log(name)
+    (tmp_path / "latest.csv").symlink_to("gone.csv")
+    with pytest.raises(UserError, match=r"latest.csv' is a link to 'gone.csv', which does not exist"):
+        read_log(tmp_path / "latest.csv")
+    with pytest.raises(UserError, match="cannot read"):
+        read_log(tmp_path / ("x" * 5000))
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "secret.csv"
+    path.write_text("step,loss\n1,2\n")
+
+    def refuse(file: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"cannot read '.*secret.csv': permission denied"):
+        read_log(path)
 
 
 def test_other_series_do_without_a_loss(tmp_path: Path) -> None:
@@ -393,6 +535,26 @@ def test_thousands_of_columns(tmp_path: Path) -> None:
     wide = [f"rms@layers.{i}.attention.output" for i in range(4000)]
     log = read(tmp_path, ",".join(["step", "loss", *wide]) + "\n" + ("1" + ",2" * 4001 + "\n") + ("2" + ",3" * 4001))
     assert len(log.series) == 4001 and log.series[wide[-1]][1].tolist() == [2, 3]
+
+
+def test_columns_share_their_steps_and_are_not_copied(tmp_path: Path) -> None:
+    text = "".join(f"{s},2.5,1.0,{s if s % 3 else ''},{s if s % 3 else ''}\n" for s in range(1, 40))
+    log = read(tmp_path, "step,loss,grad_norm,a,b\n" + text)
+    assert np.shares_memory(log.series["loss"][0], log.series["grad_norm"][0])
+    assert log.series["a"][0] is log.series["b"][0] and len(log.series["a"][0]) == 26
+    assert log.series["a"][0].tolist() == log.series["a"][1].tolist()
+
+
+def test_columns_of_no_known_meaning_go_when_there_are_too_many_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("poise.postmortem.columns.MAX_VALUES", 400)
+    text = "step,loss,odd,thing,val_loss\n"
+    text += "".join(f"{s},2.5,7,8,{3 if s % 10 == 0 else ''}\n" for s in range(1, 301))
+    log = read(tmp_path, text)
+    assert set(log.series) == {"loss", "val_loss"} and len(losses(log)) == 300
+    assert said(log, "more than 400 values; 2 columns of no known meaning left out")
+    assert set(read(tmp_path, text, loss_column="thing").series) == {"loss", "loss (other)", "val_loss"}
 
 
 def test_a_long_log_is_not_held_in_memory(tmp_path: Path) -> None:

@@ -184,3 +184,19 @@ def test_a_real_run_in_its_own_format(tmp_path: Path) -> None:
         CODE + BAR + BELOW + "".join(f"step:{s}/5100 train_loss:{x} train_time:1ms step_avg:1.00ms\n" for s, x in rows)
     )
     assert points(read(tmp_path, text), "loss") == {int(s): float(x) for s, x in rows}
+
+
+def test_one_of_several_ranks_counts(tmp_path: Path) -> None:
+    text = "".join(
+        f"{r}: iter {s}: loss {9 - s / 10 + r:.4f}, time 1.00ms, mfu 1.00%\n" for s in range(20) for r in (1, 0, 2)
+    )
+    log = read(tmp_path, text)
+    assert log.format == "nanogpt"
+    assert points(log, "loss") == pytest.approx({s: 9 - s / 10 for s in range(20)}, abs=1e-3)
+    assert log.restarts == ()
+
+
+def test_a_last_line_that_is_cut_off(tmp_path: Path) -> None:
+    text = "".join(f"iter {s}: loss {9 - s / 10:.4f}, time 1.00ms, mfu 1.00%\n" for s in range(20))
+    log = read(tmp_path, text[: -len("00, time 1.00ms, mfu 1.00%\n")])
+    assert max(points(log, "loss")) == 18

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import gzip
+import json
 import math
+import os
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -257,3 +263,206 @@ def test_cut_anywhere(tmp_path: Path, name: str) -> None:
             pytest.fail("half a log is a log")
         right = dict(zip(steps, LOSSES, strict=True))
         assert sum(right.get(step) != value for step, value in got.items()) <= 1
+
+
+NOISE = "".join(
+    f"node{i % 8}:123:45 [{i % 8}] NCCL INFO Channel {i % 32:02d}/0 : {i}[2] -> 7[3] via P2P/CUMEM\n"
+    for i in range(15_000)
+)
+"""More than a reader's first look at a file."""
+
+ROWS = "".join(f"step {i} loss {x}\n" for i, x in enumerate(LOSSES))
+TRUE = dict(enumerate(LOSSES))
+
+
+@pytest.mark.parametrize("early", [0, 3])
+def test_much_noise_before_the_first_steps_or_after_them(tmp_path: Path, early: int) -> None:
+    assert len(NOISE) > 1 << 20
+    lines = ROWS.splitlines(keepends=True)
+    log = read(tmp_path, "".join(lines[:early]) + NOISE + "".join(lines[early:]))
+    assert points(log, "loss") == TRUE
+
+
+def test_many_short_lines_of_noise(tmp_path: Path) -> None:
+    assert points(read(tmp_path, "compiling 1\n" * 21_000 + ROWS), "loss") == TRUE
+
+
+def test_a_first_record_beyond_the_first_look(tmp_path: Path) -> None:
+    config = json.dumps({"config": {f"name_{i:040d}": i for i in range(25_000)}})
+    rows = "".join(json.dumps({"step": i, "loss": x}) + "\n" for i, x in enumerate(LOSSES))
+    log = read(tmp_path, config + "\n" + rows)
+    assert log.format == "jsonl" and points(log, "loss") == TRUE
+
+
+def test_noise_after_noise_in_utf16(tmp_path: Path) -> None:
+    (tmp_path / "run.log").write_bytes((NOISE + ROWS).encode("utf-16"))
+    assert points(read_log(tmp_path / "run.log"), "loss") == TRUE
+
+
+def test_few_losses_among_noise_when_they_are_alike(tmp_path: Path) -> None:
+    noise = "".join(f"some library says {i}\n" for i in range(60))
+    text = "".join(noise + line for line in ROWS.splitlines(keepends=True)[:5])
+    assert points(read(tmp_path, text), "loss") == dict(list(TRUE.items())[:5])
+    quoted = "".join(noise + f'"step {i} loss {9 - i}"\n' for i in range(5))
+    (tmp_path / "run.log").write_text(quoted)
+    assert stdout.sniff(Source(tmp_path / "run.log")) == 0.0
+
+
+def test_two_lines_are_too_few_and_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 lines with a loss are too few"):
+        read(tmp_path, "hello\nstep 1 loss 2.5\nstep 2 loss 2.4\n")
+    with pytest.raises(UserError, match="1 line with a loss is too few"):
+        read(tmp_path, "step 1 loss 2.5\n")
+
+
+def test_a_pipe_is_read_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spool))
+    pipe = tmp_path / "stdin"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(gzip.compress(ROWS.encode())))
+    writer.start()
+    log = read_log(pipe)
+    writer.join()
+    assert (log.name, points(log, "loss")) == ("stdin", TRUE)
+    del log
+    gc.collect()
+    assert list(spool.iterdir()) == []
+
+
+def test_the_null_device_is_empty() -> None:
+    with pytest.raises(UserError, match="is empty"):
+        read_log("/dev/null")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\x28\xb5\x2f\xfd1234", "zstd -d"),
+        (b"PK\x03\x04step 1 loss 2.5\n", "zip archive"),
+        (b"PAR1 step", "Parquet"),
+        (b"x" * 257 + b"ustar" + b"\nstep 1 loss 2.5\n" * 30, "tar archive"),
+        (gzip.compress(b"x" * 257 + b"ustar" + b"\nstep 1 loss 2.5\n" * 30), "tar archive"),
+    ],
+)
+def test_archives_are_named(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "run.log").write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        read_log(tmp_path / "run.log")
+
+
+def test_a_short_compressed_log_that_is_cut_off(tmp_path: Path) -> None:
+    packed = gzip.compress("".join(f"step {i} loss {9 - i / 777:.6f}\n" for i in range(400)).encode())
+    (tmp_path / "run.log.gz").write_bytes(packed[: 3 * len(packed) // 4])
+    assert len(points(read_log(tmp_path / "run.log.gz"), "loss")) > 100
+
+
+MARKED = {
+    "mark behind": "step {} loss 1.5 (validation)\n",
+    "line above": "Running evaluation...\nstep {} loss 1.5\n",
+    "held out": "heldout step {} loss 1.5\n",
+    "maxtext": "eval metrics after step: {}, loss=1.5, total_weights=7\n",
+    "mlx": "Iter {}: Val loss 1.5, Val took 2.5s\n",
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_marks_of_validation(tmp_path: Path, name: str) -> None:
+    step = "Iter {}: Train loss {}\n" if name == "mlx" else "step {} loss {}\n"
+    text = "".join(step.format(i, x) + (MARKED[name].format(i) if i % 10 == 9 else "") for i, x in enumerate(LOSSES))
+    log = read(tmp_path, text)
+    assert points(log, "loss") == TRUE
+    assert points(log, "val_loss") == {9: 1.5, 19: 1.5, 29: 1.5}
+
+
+EPOCHS: dict[str, tuple[Callable[[int, float], str], int]] = {
+    "most copied": (lambda i, x: f"Epoch [{i // 6 + 1}/5], Step [{100 * (i % 6 + 1)}/600], Loss: {x}\n", 100),
+    "line above": (
+        lambda i, x: ("" if i % 6 else f"Epoch {i // 6 + 1}/5\n") + f"  batch {i % 6 + 1}/6 - loss: {x}\n",
+        1,
+    ),
+    "padded": (
+        lambda i, x: f"Epoch: [{i // 6}][{i % 6 + 1:>5d}/{6:>5d}]\tTime  0.241 (  0.300)\tLoss {x:.4e} ({9.0:.4e})\n",
+        1,
+    ),
+    "tutorial": (lambda i, x: f"[{i // 6 + 1}, {2000 * (i % 6 + 1):5d}] loss: {x}\n", 2000),
+    "epochs alone": (lambda i, x: f"epoch {i + 1}, loss {x}, train acc 0.5, test acc 0.4\n", 1),
+    "keras": (lambda i, x: f"Epoch {i + 1}/30\n100/100 - 5s - 50ms/step - loss: {x} - accuracy: 0.5\n", 1),
+    "dotted": (lambda i, x: f"=== Iteration {i + 1} ===\n  train loss ....... {x}\n  learning rate .... 0.001\n", 1),
+    "above": (lambda i, x: f"Loss: {x}\nLR: 0.001\nStep: {i + 1} done\n", 1),
+    "tensor": (lambda i, x: f"Step {i + 1}: loss tensor({x}, device='cuda:0', grad_fn=<X>) lr [0.001]\n", 1),
+    "lost colours": (lambda i, x: f"[1;32mstep[0m [36m{i + 1}[0m [35mloss[0m=[33m{x}[0m\n", 1),
+    "comma": (lambda i, x: f"step {i + 1} loss {x:.3f} lr 0,001\n".replace(".", ","), 1),
+}
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+def test_epochs_and_odd_forms(tmp_path: Path, name: str) -> None:
+    line, every = EPOCHS[name]
+    log = read(tmp_path, "".join(line(i, x) for i, x in enumerate(LOSSES)))
+    assert points(log, "loss") == {every * (i + 1): x for i, x in enumerate(LOSSES)}
+    assert log.step_unit == ("rows" if name in ("epochs alone", "keras") else "steps")
+
+
+def test_a_handful_of_epochs(tmp_path: Path) -> None:
+    log = read(tmp_path, "".join(f"Epoch {i}/5: train_loss={9 - i}.5, val_loss={9 - i}.75\n" for i in range(1, 6)))
+    assert points(log, "loss") == {i: 9.5 - i for i in range(1, 6)}
+    assert points(log, "val_loss") == {i: 9.75 - i for i in range(1, 6)}
+
+
+def interleaved(line: Callable[[int, int, float], str]) -> str:
+    """Return what three ranks print, each of which may be a step ahead of another."""
+    out = []
+    for i in range(0, N, 2):
+        pair = range(i, min(i + 2, N))
+        out += [line(2, j, LOSSES[j] + 2) for j in pair] + [line(0, i, LOSSES[i])]
+        out += [line(1, i, LOSSES[i] + 1)] + [line(r, j, LOSSES[j] + r) for j in list(pair)[1:] for r in (0, 1)]
+    return "".join(out)
+
+
+@pytest.mark.parametrize("before", ["[rank{}]: ", "{}: ", "[rank {}] ", "[default{}]:", "[1,{}]<stdout>: ", "rank={} "])
+def test_one_of_several_ranks_counts(tmp_path: Path, before: str) -> None:
+    log = read(tmp_path, interleaved(lambda r, i, x: before.format(r) + f"step {i} loss {x}\n"))
+    assert points(log, "loss") == TRUE
+    assert log.restarts == ()
+    assert any("rank 0" in note for note in log.notes)
+
+
+def test_ranks_without_a_name(tmp_path: Path) -> None:
+    log = read(tmp_path, interleaved(lambda r, i, x: f"step {i} loss {x - r:.4f}\n"))
+    assert points(log, "loss") == TRUE
+    assert log.restarts == ()
+
+
+def test_numbers_in_front_of_lines_are_no_ranks_when_they_are_steps(tmp_path: Path) -> None:
+    log = read(tmp_path, "".join(f"{i}: step {i} loss {x}\n" for i, x in enumerate(LOSSES)))
+    assert points(log, "loss") == TRUE
+
+
+def test_the_last_number_of_a_file_without_a_last_line_end(tmp_path: Path) -> None:
+    rows = "".join(f"step {i} loss {x:.4f} lr 3e-4\n" for i, x in enumerate(LOSSES))
+    for cut in range(1, 24):
+        log = read(tmp_path, rows[:-cut])
+        assert points(log, "loss").items() <= TRUE.items()
+        assert set(points(log, "lr").values()) == {3e-4}
+    assert any("no end" in note for note in read(tmp_path, rows[:-2]).notes)
+
+
+def test_lines_of_deepspeed_beside_ones_own(tmp_path: Path) -> None:
+    log = read(
+        tmp_path,
+        "".join(
+            f"[INFO] [logging.py:96:log_dist] [Rank 0] step={i}, skipped=0, lr=[{1e-4 * (i + 1)}], mom=[(0.9, 0.95)]\n"
+            f"Epoch 0, step {i}, loss: {x}\n"
+            for i, x in enumerate(LOSSES)
+        ),
+    )
+    assert points(log, "loss") == TRUE
+    assert points(log, "lr") == pytest.approx({i: 1e-4 * (i + 1) for i in range(N)})
+
+
+def test_a_dump_of_arguments_is_no_step(tmp_path: Path) -> None:
+    dump = "Namespace(lr=0.5, loss_scale=None, max_steps=100, step=0, loss='cross_entropy')\n"
+    log = read(tmp_path, dump + "".join(f"step {i} loss {x} lr 3e-4\n" for i, x in enumerate(LOSSES)))
+    assert set(points(log, "lr").values()) == {3e-4}

@@ -116,3 +116,19 @@ def test_real_loss_file_is_a_table() -> None:
         pytest.approx(8.0491, abs=5e-5),
         pytest.approx(2.7465, abs=5e-5),
     )
+
+
+def test_one_of_several_ranks_counts(tmp_path: Path) -> None:
+    text = "".join(
+        line(s, 9.0 - s / 10 + r, f"[rank{r}]:") for s in range(1, 20) for r in (2, 0, 1)
+    )
+    assert "[rank2]:" in text
+    log = read(tmp_path, text)
+    assert points(log, "loss") == pytest.approx({s: 9.0 - s / 10 for s in range(1, 20)}, abs=1e-3)
+    assert any("rank 0" in note for note in log.notes)
+
+
+def test_steps_below_a_megabyte_of_noise(tmp_path: Path) -> None:
+    noise = "".join(f"host{i % 8}:1:2 [{i % 8}] NCCL INFO Channel {i}/0 via P2P\n" for i in range(30_000))
+    log = read(tmp_path, noise + "".join(line(s, 5.0) for s in range(1, 7)))
+    assert (log.format, len(points(log, "loss"))) == ("torchtitan", 6)

@@ -14,6 +14,7 @@ import torch
 from poise.core.errors import UserError
 from poise.model.spec import Part
 from poise.optim.build import OptimConfig
+from poise.preflight import measure_proxies
 from poise.preflight.measure import measure
 from poise.preflight.measure_family import block_weights, of_recipe, of_settings
 from poise.preflight.measure_findings import MEASURED
@@ -154,6 +155,28 @@ def test_a_lopsided_gradient_is_a_note_and_an_absurd_one_a_warning(text: Text) -
     assert [one.rule for one in judge(GPT, dead, None, None, 3e-4)] == ["measured-gradient-zero"]
 
 
+def test_a_stand_in_is_called_one(text: Text) -> None:
+    seen = first(GPT, text)
+    odd = replace(seen, layers=(*seen.layers[:-1], replace(seen.layers[-1], gradient=seen.layers[0].gradient / 50)))
+    own, other = (judge(GPT, odd, None, None, 3e-4, how)[0].what for how in ("", "width 1024 -> 64"))
+    assert "stand-in" not in own
+    assert other.endswith("; measured on a stand-in (width 1024 -> 64), not on the configured model")
+
+
+def test_no_mend_of_the_embedding_where_the_stream_starts_near_one(text: Text) -> None:
+    def mend(settings: Settings, embedded: float) -> str:
+        seen = first(settings, text)
+        last = replace(seen.layers[-1], gradient=seen.layers[0].gradient / 50)
+        odd = replace(seen, embedded=embedded, layers=(*seen.layers[:-1], last))
+        return judge(settings, odd, None, None, 3e-4)[0].mend
+
+    plain = replace(GPT, residual_init="none")
+    assert "embedding" in mend(GPT, 0.02) and "residual" not in mend(GPT, 0.02)
+    assert mend(plain, 0.9) == "scale residual outputs by 1 / sqrt(2 layers)"
+    assert "embedding" in mend(plain, 0.02) and "residual outputs" in mend(plain, 0.02)
+    assert "embedding" not in mend(GPT, 1.1) and "watch" in mend(GPT, 1.1)
+
+
 # -- widths --------------------------------------------------------------------------------------------------------
 
 
@@ -197,10 +220,23 @@ def test_rates_begin_at_the_configured_one_and_stay_below_the_bound() -> None:
 
 def test_a_plan_fits_into_its_time_or_there_is_none(text: Text) -> None:
     family, config = of_settings(GPT), OptimConfig(lr=1e-3)
-    assert plan(family, config, text, CPU, 1e-3, False, (32, 64)) is None
+    needed = plan(family, config, text, CPU, 1e-3, False, (32, 64))
+    assert isinstance(needed, float) and 0.1 < needed < 60
     made = plan(family, config, text, CPU, 1e6, False, (32, 64))
-    assert made is not None
+    assert isinstance(made, Batch)
     assert len(made.specs) == 2 and len(made.seeds) == 3 and made.steps == 300
+
+
+def test_what_is_needed_is_enough_and_less_gives_the_configured_rate(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_proxies, "step_seconds", lambda spec, *rest: spec.d_model / 3200)
+    family, config = of_settings(GPT), OptimConfig(lr=1e-3)
+    needed = plan(family, config, text, CPU, 0.5, False, (32, 64))
+    assert isinstance(needed, float) and needed == pytest.approx(4 * 0.03 * 29 / 0.85)
+    full, part = (plan(family, config, text, CPU, needed * share, False, (32, 64)) for share in (1.0, 0.5))
+    assert isinstance(full, Batch) and len(full.rates) == 4 and full.steps >= 20
+    assert isinstance(part, Batch) and part.rates == (1e-3,) and len(part.specs) == 2
 
 
 def test_runs_end_with_the_time(text: Text) -> None:
@@ -326,7 +362,7 @@ def test_a_tiny_budget_is_kept_and_what_was_not_done_is_said() -> None:
     found = measure(replace(GPT, n_layers=4), minutes=0.01, say=said.append, sizes=(32, 64))
     assert found.seconds < 6  # 0.6 s, and what a loaded machine adds to the parts that are always done
     assert found.start is not None and found.widths is None
-    assert any("three widths" in text for text in found.not_done)
+    assert any("three widths" in text and "0.2" in text for text in found.not_done)
     assert "synthetic" in found.text and said
     record = found.record()
     assert record["widths"] is None and record["start"]["layers"][0]["number"] == 0
@@ -335,7 +371,9 @@ def test_a_tiny_budget_is_kept_and_what_was_not_done_is_said() -> None:
 
 def test_another_optimizer_and_no_rate_are_said() -> None:
     found = measure(replace(GPT, n_layers=2, lr=None, optimizer="sophia"), minutes=0.005, sizes=(32, 64))
-    assert any("learning rate is not said" in text for text in found.left_out)
+    assert any("learning rate is not said: 0.0013, the usual one" in text for text in found.left_out)
+    large = measure(replace(GPT, lr=None, n_layers=2, params=8e9), minutes=0.005, sizes=(32, 64))
+    assert any("not said: 0.0003, the usual" in text for text in large.left_out)
     assert any("sophia" in text for text in found.left_out)
 
 

@@ -177,3 +177,19 @@ def test_the_page_prints_nothing_that_was_not_read() -> None:
     rows = [line for line in page.splitlines() if line.startswith("| **")]
     assert len(rows) >= 20
     assert all(row.split(" | ")[-2] in ("verified", "secondary", "computed") for row in rows)
+
+
+def test_what_the_page_says_of_marin_is_what_the_table_says() -> None:
+    counts = check(preset("marin-8b").settings).counts
+    assert (counts["warning"], counts["note"]) == (3, 1)
+    assert "`marin-8b` has three warnings and a note" in PAGE.read_text(encoding="utf-8")
+
+
+def test_palm_has_the_size_of_the_paper() -> None:
+    """Multi-query attention with heads 256 wide, a gated MLP of 4 x width, a shared embedding: 540.35B."""
+    s = preset("palm-540b").settings
+    assert s.d_model and s.n_layers and s.n_heads and s.head_dim and s.d_ff and s.vocab_size
+    attention = 2 * s.d_model * s.head_dim * (s.n_heads + 1)
+    weights = s.n_layers * (attention + 3 * s.d_model * s.d_ff) + s.vocab_size * s.d_model
+    assert weights / 1e9 == pytest.approx(540.35, abs=0.01)
+    assert "head-dim" not in {one.rule for one in check(s).findings}

@@ -23,13 +23,21 @@ def settings(**values: Any) -> Settings:
 
 ADAM = {"optimizer": "adamw", "lr": 3e-4, "params": 8e9}
 SHAPE = {"d_model": 4096, "n_heads": 32}
+BIG = {"devices": 16384, "params": 4e11, "batch_sequences": 2048, "seq_len": 8192}  # 7 to 41 s a step
 SMALL = {"d_model": 1024, "init_std": 0.02, "n_layers": 24, "norm": "pre"}
 
 # rule -> ((breaks, severity), ...), (passes, ...)
 CASES: dict[str, tuple[tuple[tuple[dict[str, Any], Severity], ...], tuple[dict[str, Any], ...]]] = {
     "unusable-value": (
-        (({"lr": NAN}, "critical"), ({"n_layers": -1}, "critical"), ({"d_model": 10**30}, "critical")),
-        ({}, {"lr": 1e-3, "clip": 0.0}),
+        (
+            ({"lr": NAN}, "critical"),
+            ({"n_layers": -1}, "critical"),
+            ({"d_model": 10**30}, "critical"),
+            ({"n_layers": 100_001}, "critical"),
+            ({"d_model": 10_000_001}, "critical"),
+            ({"vocab_size": 10**9}, "critical"),
+        ),
+        ({}, {"lr": 1e-3, "clip": 0.0}, {"n_layers": 1000, "d_model": 53248, "save_every": 10**15}),
     ),
     "init-std-width": (
         (
@@ -182,6 +190,8 @@ CASES: dict[str, tuple[tuple[tuple[dict[str, Any], Severity], ...], tuple[dict[s
             ({"optimizer": "adamw", "eps": 1e-5, "params": 8e9}, "note"),
             ({"optimizer": "adamw", "eps": 1e-5, "params": 4e11}, "warning"),
             ({"optimizer": "adamw", "eps": 1e-2, "params": 8e9}, "critical"),
+            ({"optimizer": "adamw", "eps": 3.1e-4, "params": 1e10}, "critical"),  # 31 times
+            ({"optimizer": "adamw", "eps": 2.9e-4, "params": 1e10}, "warning"),
             ({"optimizer": "adamw", "eps": 0.0}, "warning"),
         ),
         (
@@ -230,6 +240,10 @@ CASES: dict[str, tuple[tuple[tuple[dict[str, Any], Severity], ...], tuple[dict[s
             {**ADAM, "lr": 3e-4, "params": 6.7e11, "n_experts": 256, **SHAPE, "n_layers": 32},
         ),
     ),
+    "lr-low": (
+        (({**ADAM, "lr": 3e-9}, "warning"), ({"optimizer": "adamw", "lr": 9.9e-8}, "warning")),
+        (ADAM, {**ADAM, "lr": 1e-6}, {**ADAM, "optimizer": "sgd", "lr": 1e-9}),
+    ),
     "warmup": (
         (
             ({**ADAM, "lr": 8e-4, "warmup_steps": 3, "batch_sequences": 64, "seq_len": 8192}, "warning"),
@@ -244,6 +258,8 @@ CASES: dict[str, tuple[tuple[tuple[dict[str, Any], Severity], ...], tuple[dict[s
             {**ADAM, "params": 1e7, "warmup_steps": 20, "beta2": 0.95, "total_steps": 200},
             {**ADAM, "warmup_steps": 89, "beta2": 0.95, "ramp_from": 16, "batch_sequences": 2048},
             {**ADAM, "optimizer": "sgd", "warmup_steps": 0},
+            {**ADAM, "lr": 8e-4, "warmup_steps": 100, "total_steps": 1000},
+            {**ADAM, "warmup_steps": 0, "total_steps": 5},
         ),
     ),
     "warmup-total": (
@@ -349,18 +365,32 @@ CASES: dict[str, tuple[tuple[tuple[dict[str, Any], Severity], ...], tuple[dict[s
     ),
     "save-interval": (
         (
-            ({"save_every": 150, "devices": 16384, "step_seconds": 10.0}, "warning"),
-            ({"save_every": 30, "devices": 16384, "step_seconds": 20.0}, "note"),
+            ({"save_every": 180, "devices": 16384, "step_seconds": 10.0}, "warning"),
+            ({"save_every": 1000, "devices": 1024, "step_seconds": 10.0}, "note"),
             ({"save_every": 2000, "devices": 16384, "step_seconds": 10.0}, "critical"),
         ),
         (
             {"save_every": 1000, "devices": 8, "step_seconds": 10.0},
             {"save_every": 0, "devices": 16384, "step_seconds": 10.0},
+            {"save_every": 115, "devices": 16384, "step_seconds": 10.0},  # Young's interval itself
             {"save_every": 900, "devices": 16384, "step_seconds": 1.0, "total_steps": 1000},
+        ),
+    ),
+    "save-interval-estimated": (
+        (({**BIG, "save_every": 1000}, "warning"), ({**BIG, "save_every": 10**6, "n_experts": 0}, "warning")),
+        (
+            {**BIG, "save_every": 100},
+            {**BIG, "save_every": 1000, "step_seconds": 10.0},
+            {**BIG, "save_every": 100, "devices": 8, "params": 8e9},
+            {**BIG, "save_every": 1000, "params": None},
+            {**BIG, "save_every": 1000, "total_steps": 100},
+            {**BIG, "save_every": 0},
         ),
     ),
     "no-checkpoints": (
         (
+            ({"save_every": 0, "total_steps": 10000, "devices": 999}, "warning"),
+            ({"save_every": 0, "total_steps": 10000, "devices": 1000}, "critical"),
             ({"save_every": 0, "total_steps": 10000}, "warning"),
             ({"save_every": 20000, "total_steps": 10000, "step_seconds": 10.0, "devices": 256}, "critical"),
         ),
@@ -371,20 +401,36 @@ CASES: dict[str, tuple[tuple[tuple[dict[str, Any], Severity], ...], tuple[dict[s
             ({"d_ff": 20480, "d_model": 16384}, "warning"),
             ({"d_ff": 65536, "d_model": 5120, "gated_mlp": True}, "warning"),
             ({"d_ff": 10240, "d_model": 4096, "gated_mlp": False}, "note"),
+            ({"d_ff": 28672, "d_model": 4096, "gated_mlp": True}, "warning"),
+            ({"d_ff": 11008, "d_model": 5120, "gated_mlp": True}, "warning"),
+            ({"d_ff": 13824, "d_model": 6656, "gated_mlp": True}, "warning"),
+            ({"d_ff": 14336, "d_model": 8192, "gated_mlp": True}, "warning"),
+            ({"d_ff": 20480, "d_model": 6144, "gated_mlp": False}, "warning"),
         ),
         (
             {"d_ff": 16384, "d_model": 4096, "gated_mlp": False},
             {"d_ff": 53248, "d_model": 16384, "gated_mlp": True},
+            {"d_ff": 14336, "d_model": 4096, "gated_mlp": True},
+            {"d_ff": 28672, "d_model": 12288, "gated_mlp": True},  # Mistral Large 2
+            {"d_ff": 14336, "d_model": 3584},
+            {"d_ff": 12288, "d_model": 4096, "gated_mlp": True},
             {"d_ff": 2048, "d_model": 7168, "n_experts": 256},
         ),
     ),
     "heads-width": (
         (
             ({"d_model": 768, "n_heads": 10}, "critical"),
-            ({"d_model": 4096, "n_heads": 32, "head_dim": 80}, "note"),
-            ({"d_model": 4096, "n_heads": 256, "head_dim": 128}, "warning"),
+            ({"d_model": 4096, "n_heads": 30}, "critical"),
         ),
-        (SHAPE, {**SHAPE, "head_dim": 128}),
+        (SHAPE, {**SHAPE, "head_dim": 128}, {"d_model": 4096, "n_heads": 30, "head_dim": 128}),
+    ),
+    "heads-inner": (
+        (
+            ({"d_model": 4096, "n_heads": 32, "head_dim": 80}, "note"),
+            ({"d_model": 4096, "n_heads": 256, "head_dim": 128}, "note"),
+            ({"d_model": 1024, "n_heads": 16, "head_dim": 128}, "note"),  # Qwen3 0.6B
+        ),
+        ({**SHAPE, "head_dim": 128},),
     ),
     "kv-heads": (
         (({"n_heads": 32, "n_kv_heads": 5}, "critical"), ({"n_heads": 8, "n_kv_heads": 16}, "critical")),
@@ -479,7 +525,7 @@ def test_mending_values_said_in_the_finding_silence_it() -> None:
     ("values", "words"),
     [
         ({"dtype": "fp16", "loss_scale": "12"}, "2^12 = 4096"),
-        ({"d_model": 768, "n_heads": 10}, "n_heads = 8"),
+        ({"d_model": 768, "n_heads": 10}, "n_heads = 12"),
         ({"n_heads": 32, "n_kv_heads": 5}, "n_kv_heads = 4"),
         ({"methods": ("soft_cap", "soft_clip", "attention_sink", "soft_cap")}, "and 3 more pairs"),
         ({"methods": ("qk_nrom",)}, "did you mean 'qk_norm'"),

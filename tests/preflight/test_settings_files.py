@@ -66,7 +66,7 @@ def test_torchtitan(tmp_path: Path) -> None:
         8,
         128256,
     )
-    assert s.say("d_model") == "torchtitan's llama3 8B" and s.say("lr") == "[optimizer] lr = 0.0003"
+    assert s.say("d_model") == "d_model = 4096 (torchtitan's llama3 8B)" and s.say("lr") == "[optimizer] lr = 0.0003"
     assert (s.residual_init, s.embed_std, s.qk_norm) == ("depth", 1.0, False)
     assert (s.schedule, s.clip, s.save_every, s.total_steps, s.warmup_steps) == ("wsd", 0.5, 250, 1000, 100)
     assert s.min_lr == pytest.approx(3e-5) and (s.batch_sequences, s.devices) == (32, 64)
@@ -210,7 +210,7 @@ def test_yaml(text: str, data: dict[str, object]) -> None:
 
 def test_yaml_beyond_what_is_read_is_named() -> None:
     text = "a: 1\nb: |\n  lots: of\n  text\nc: &x 3\nd:\n  - k: 1\n    l: 2\n  - k: 3\ne: {x: 1}\nf: 2\n"
-    assert parse_yaml(text, "x.yaml") == ({"a": 1, "d": None, "f": 2}, ("b", "c", "d", "e"))
+    assert parse_yaml(text, "x.yaml") == ({"a": 1, "c": 3, "d": None, "f": 2}, ("b", "d", "e"))
     with pytest.raises(UserError, match="line 2 begins with a tab"):
         parse_yaml("a:\n\tb: 1\n", "x.yaml")
 

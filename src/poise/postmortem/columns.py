@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from poise.core.errors import UserError, nearest
 from poise.postmortem import branches, units
+from poise.postmortem.column import Column, counting
 from poise.postmortem.readers.names import (
     ALIASES,
     BITS,
@@ -57,49 +58,6 @@ MAX_SEAMS = 5
 
 FEWEST_NULLS = 5
 """Rows from which a loss that is ``null`` to the end of the file was NaN."""
-
-
-class Column:
-    """The values of one column, and which rows they are from."""
-
-    __slots__ = ("rows", "start", "values")
-
-    def __init__(self, row: int) -> None:
-        self.start = row
-        self.rows: array[int] | None = None  # none while there is a value in every row from ``start`` on
-        self.values = array("d")
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def add(self, row: int, value: float) -> None:
-        """Take in one value."""
-        if self.rows is not None:
-            self.rows.append(row)
-        elif row != self.start + len(self.values):
-            self._part().append(row)
-        self.values.append(value)
-
-    def extend(self, row: int, values: Floats) -> None:
-        """Take in the values of consecutive rows."""
-        if self.rows is not None or row != self.start + len(self.values):
-            self._part().frombytes(np.arange(row, row + len(values), dtype=np.uint32).tobytes())
-        self.values.frombytes(np.ascontiguousarray(values, dtype=np.float64).tobytes())
-
-    def numbers(self) -> Ints:
-        """Return the rows' numbers."""
-        if self.rows is None:
-            return np.arange(self.start, self.start + len(self.values), dtype=np.int64)
-        return np.array(self.rows, dtype=np.int64)
-
-    def key(self) -> tuple[int, int, int]:
-        """Return what columns with the same rows have in common."""
-        return self.start, len(self.values), 0 if self.rows is None else hash(self.rows.tobytes())
-
-    def _part(self) -> array[int]:
-        if self.rows is None:
-            self.rows = array("I", range(self.start, self.start + len(self.values)))
-        return self.rows
 
 
 class Columns:
@@ -205,17 +163,18 @@ class Columns:
         self._count_on(steps)
         loss = next((raw for raw, name in names.items() if name == LOSS), "")
         self._add_nulls(loss, steps)
-        loss_rows = self._columns[loss].numbers() if loss in self._columns else np.empty(0, dtype=np.int64)
-        seams = np.searchsorted(loss_rows, [*self._restarted, *(math.ceil(at) for at, _ in self._marks)])
-        stray = branches.stray(steps[loss_rows], seams.tolist())
-        gone = loss_rows[stray]
+        gone = np.empty(0, dtype=np.int64)
+        rewinds = np.empty(0), gone
+        if self._marks or self._restarted or (loss in self._columns and _falls(self._columns[loss].at(steps))):
+            loss_rows = self._columns[loss].numbers() if loss in self._columns else gone
+            seams = np.searchsorted(loss_rows, [*self._restarted, *(math.ceil(at) for at, _ in self._marks)])
+            stray = branches.stray(steps[loss_rows], seams.tolist())
+            gone, loss_rows = loss_rows[stray], loss_rows[~stray]
+            rewinds = self._rewinds(steps, loss_rows)
+            self.restarts = self._restarts(steps, loss_rows)
         if len(gone):
             shown = ", ".join(str(step) for step in steps[gone][:3])
             self._notes.add(f"{len(gone)} stray rows left out, whose steps fit nowhere (first: {shown})")
-            loss_rows = loss_rows[~stray]
-        rewinds = self._rewinds(steps, loss_rows)
-        self.restarts = self._restarts(steps, loss_rows)
-        del loss_rows
         return self._results(steps, gone, rewinds)
 
     def _results(self, steps: Ints, gone: Ints, rewinds: tuple[Floats, Ints]) -> Series:
@@ -226,12 +185,7 @@ class Columns:
             values: Floats = np.frombuffer(column.values, dtype=np.float64)
             key = column.key()
             if key not in shared:
-                rows = column.numbers()
-                places = np.flatnonzero(~np.isin(rows, gone)) if len(gone) else np.arange(len(rows))
-                counting, at, repeated = branches.counted(rows[places], steps[rows[places]], rewinds)
-                whole = len(counting) == len(rows) and bool((np.diff(counting) == 1).all())
-                shared[key] = None if whole else places[counting], at, repeated
-                del rows, places, counting
+                shared[key] = counting(column, steps, gone, rewinds)
             kept, at, repeated = shared[key]
             if name == LOSS and repeated:
                 self._notes.add(f"{repeated} steps have more than one loss; the last of each counts")
@@ -362,19 +316,21 @@ class Columns:
 
     def _rewinds(self, steps: Ints, loss_rows: Ints) -> tuple[Floats, Ints]:
         """Return (positions, bound): what stands before a position counts only below or at its bound."""
-        at, to = loss_rows.astype(np.float64), steps[loss_rows]
+        to = steps[loss_rows]
         if len(to) > 2 and not self._marks and (np.diff(to) < 0).all():
             self._notes.add("the steps fall from row to row; read from the end")
-            at, to = at[:0], to[:0]
+            to = to[:0]
+        falls = np.flatnonzero(np.diff(to) < 0) + 1
+        at, bound = loss_rows[falls].astype(np.float64), to[falls]
         self._note_seams(to)
         if self._marks:
             marks = np.array([at for at, _ in self._marks])
             self._notes.add(f"the log went back {len(marks)} times; the later branch counts")
             at = np.concatenate([at, marks])
-            to = np.concatenate([to, np.array([to for _, to in self._marks], dtype=np.int64)])
+            bound = np.concatenate([bound, np.array([to for _, to in self._marks], dtype=np.int64)])
             order = np.argsort(at, kind="stable")
-            at, to = at[order], to[order]
-        return at, np.minimum.accumulate(to[::-1])[::-1]
+            at, bound = at[order], bound[order]
+        return at, np.minimum.accumulate(bound[::-1])[::-1]
 
     def _restarts(self, steps: Ints, loss_rows: Ints) -> tuple[int, ...]:
         """Return the first step after each place where the program began again or went back."""
@@ -393,6 +349,10 @@ class Columns:
             self._notes.add(f"seam: the steps go back from {to[i]} to {to[i + 1]}; the later branch counts")
         if len(seams) > MAX_SEAMS:
             self._notes.add(f"and {len(seams) - MAX_SEAMS} more seams")
+
+
+def _falls(steps: Ints) -> bool:
+    return bool((steps[1:] < steps[:-1]).any())
 
 
 def _beginning(rows: Iterator[Item]) -> list[Item]:

@@ -25,6 +25,9 @@ TEXT_LOGS = (".log", ".out", ".jsonl", ".csv", ".tsv")
 """Ends of names that are taken for a log when there is nothing better, and only one."""
 
 SHOWN = 4
+NO_EVENTS = 200
+"""Bytes of an event file that holds no event but its version."""
+
 HEAD = 4096
 """Bytes of a ``trainer_state.json`` in which its step stands."""
 
@@ -47,7 +50,7 @@ def members(folder: Path) -> list[Path]:
         UserError: there is no log, or there are several runs.
     """
     try:
-        found = _here(folder) or _below(folder) or _contained(folder) or _text(folder)
+        found = _here(folder) or _below(folder) or _contained(folder) or _versions(folder) or _text(folder)
     except OSError as error:
         raise UserError(f"folder '{folder}' cannot be read ({error.strerror}); name a log file") from None
     if not found:
@@ -67,9 +70,31 @@ def _here(folder: Path) -> list[Path]:
 def _below(folder: Path) -> list[Path]:
     """Return the log of the one subfolder that has any."""
     found = {sub: files for sub in _folders(folder) if sub.name not in CONTAINERS and (files := _here(sub))}
+    if scalars := _added_scalars(found):
+        return scalars
     names = {sub.name.lower(): sub for sub in found}
     if len(found) > 1 and len(names.keys() & _TRAIN) == 1 and names.keys() <= _TRAIN | _HELD_OUT:  # as Keras parts them
         return found[names[(names.keys() & _TRAIN).pop()]]
+    return _only(folder, found, "runs")
+
+
+def _added_scalars(found: dict[Path, list[Path]]) -> list[Path]:
+    """Return the training loss of TensorBoard's ``add_scalars``, which makes a folder ``TAG_NAME`` for each curve."""
+    parts = {sub: sub.name.lower().rpartition("_")[::2] for sub in found}
+    if len(found) < 2 or any(name not in _TRAIN | _HELD_OUT for _, name in parts.values()):
+        return []
+    losses = [sub for sub, (tag, name) in parts.items() if name in _TRAIN and "loss" in tag]
+    return found[losses[0]] if len(losses) == 1 else []
+
+
+def _versions(folder: Path) -> list[Path]:
+    """Return the log of a Lightning logger's folder: ``NAME/version_0``."""
+    found = {
+        f"{sub.name}/{version.name}": files
+        for sub in _folders(folder)
+        for version in _folders(sub)
+        if version.name.startswith("version_") and (files := _here(version))
+    }
     return _only(folder, found, "runs")
 
 
@@ -153,7 +178,10 @@ def _events(folder: Path) -> list[Path]:
         stamp = _EVENTS.search(file.name)
         if stamp and not _PACKED.sub("", file.name).endswith(".profile-empty"):
             found.append((int(stamp.group(1)), _natural(file.name), file))
-    return [file for *_, file in sorted(found)]
+    files = [file for *_, file in sorted(found)]
+    if sum(file.stat().st_size for file in files) <= NO_EVENTS and len(_folders(folder)) > 1:
+        return _added_scalars({sub: own for sub in _folders(folder) if (own := _events(sub))}) or files
+    return files
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -132,7 +132,7 @@ def _find(path: Path) -> list[Path]:
     if path.is_dir():
         return members(path)
     if path.is_symlink() and not path.exists():
-        raise UserError(f"'{path}' is a link to '{os.readlink(path)}', which does not exist")
+        raise UserError(f"'{path}' is a link to '{path.readlink()}', which does not exist")
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)

@@ -7,6 +7,7 @@ extrapolated (``measure_forecast``). What was scaled, left out or not done is sa
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ from poise.preflight.measure_judge import judge
 from poise.preflight.measure_start import Start, start
 from poise.preflight.measure_text import Text, tokens
 from poise.preflight.measure_widths import Widths, widths
-from poise.preflight.rules.base import RANK, is_adam, logits_bounded
+from poise.preflight.rules.base import RANK, dense_size, is_adam, logits_bounded, usual_lr
 from poise.preflight.settings import Finding, Settings
 
 VOCAB: Final = 512
@@ -37,11 +38,11 @@ START_WIDTH: Final = 64
 """Of the model whose start is measured when the configured one is too large; it has the configured depth."""
 
 DEEPEST: Final = 128
-USUAL_LR: Final = 1e-3
-"""Where no learning rate is said."""
-
 WIDTHS_UNTIL, PROXIES_UNTIL = 0.3, 0.92
 """Shares of the budget at which a part has to stop."""
+
+WIDTHS_FROM: Final = 12.0
+"""Seconds of budget from which widths are compared; a shorter one belongs to the proxies, which say more."""
 
 Say = Callable[[str], None]
 
@@ -137,7 +138,8 @@ def measure(
     until = began + PROXIES_UNTIL * seconds
     family = _family(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lr = settings.lr if settings.lr is not None else USUAL_LR
+    usual = usual_lr(dense_size(settings) or family.full)
+    lr = settings.lr if settings.lr is not None else usual
     config, odd = proxies.optimizer_config(settings, lr)
     say("tokens")
     text, _ = tokens(VOCAB, seconds)
@@ -148,19 +150,22 @@ def measure(
     length = min(spec.seq_len, proxies.POSITIONS)
     begun = start(spec, text.batch(seed, 0, 4, length), seed, device)
 
-    say("three widths")
-    slow = time.perf_counter() - began > WIDTHS_UNTIL * seconds
+    short, slow = seconds < WIDTHS_FROM, time.perf_counter() - began > WIDTHS_UNTIL * seconds
+    if not short:
+        say("three widths")
     # The check is that of Adam: another optimizer's rate would mean something else.
-    adam_lr = lr if is_adam(settings) or settings.optimizer is None else USUAL_LR
-    compared = None if slow else widths(family, adam_lr, began + WIDTHS_UNTIL * seconds)
-    if compared is None:
+    adam_lr = lr if is_adam(settings) or settings.optimizer is None else usual
+    compared = None if short or slow else widths(family, adam_lr, began + WIDTHS_UNTIL * seconds)
+    if short:
+        not_done.append(f"three widths: from --minutes {WIDTHS_FROM / 60:g} on; the proxies had the time")
+    elif compared is None:
         not_done.append("three widths: no time; give more --minutes")
 
     bounded = logits_bounded(settings)
     foretold = _forecast(family, config, text, device, until, bounded, sizes, say, not_done)
-    found = judge(settings, begun, compared, foretold, lr)
+    found = judge(settings, begun, compared, foretold, lr, ", ".join(family.scaled(spec)))
     if settings.lr is None:
-        odd = (*odd, f"the learning rate is not said: {USUAL_LR:g} is taken")
+        odd = (*odd, f"the learning rate is not said: {lr:.2g}, the usual one at this size, is taken")
     return Measurement(
         model,
         (*family.left_out, *odd),
@@ -212,10 +217,17 @@ def _forecast(
     fitting = [size for size in sizes if size <= family.width] if len(sizes) > 1 else list(sizes)
     left = until - time.perf_counter()
     say("timing the proxies")
-    batch = proxies.plan(family, config, text, device, left, bounded, fitting) if left > 0 and fitting else None
-    if batch is None:
-        not_done.append("attention logits over sizes and rates: no time; give more --minutes")
+    batch = proxies.plan(family, config, text, device, max(left, 0.0), bounded, fitting) if fitting else 0.0
+    if not isinstance(batch, proxies.Batch):
+        more = math.ceil(10 * (batch - left) / PROXIES_UNTIL / 60) / 10
+        not_done.append(
+            f"attention logits over sizes and rates: no time; about {more:g} more --minutes would do"
+            if fitting
+            else f"attention logits over sizes and rates: the model is narrower than {min(sizes)}"
+        )
         return None
+    if len(batch.rates) == 1 and len(proxies.rates(config.lr, bounded)) > 1:
+        not_done.append("forecast of attention logits: time for the configured rate alone; give more --minutes")
     say(f"proxies: {len(batch.specs)} sizes x {len(batch.rates)} rates x {len(batch.seeds)} seeds, {batch.steps} steps")
     done = list(proxies.runs(batch, config, text, device, until, say))
     wanted = len(batch.specs) * len(batch.rates) * len(batch.seeds)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 from poise.preflight.measure_forecast import THRESHOLD, Forecast
 from poise.preflight.measure_start import Start
 from poise.preflight.measure_widths import Widths
-from poise.preflight.rules.base import names, short
+from poise.preflight.rules.base import names, outputs_normalised, put, put_lr, short
 from poise.preflight.settings import Finding, Settings
 
 LOSS_ABOVE: Final = 2.0
@@ -32,19 +33,51 @@ _MUP: Final = "measured here; Yang et al. 2022, arXiv 2203.03466"
 _WORTSMAN: Final = "measured here; Wortsman et al. 2023, arXiv 2309.14322"
 
 
+NEAR_ONE: Final = (0.5, 2.0)
+"""Deviations of the stream behind the embedding that count as about 1."""
+
+
 def judge(
-    settings: Settings, start: Start, widths: Widths | None, forecast: Forecast | None, lr: float
+    settings: Settings,
+    start: Start,
+    widths: Widths | None,
+    forecast: Forecast | None,
+    lr: float,
+    stand_in: str = "",
 ) -> list[Finding]:
-    """Return what is wrong with what was measured."""
-    found = list(_start(start))
+    """Return what is wrong with what was measured.
+
+    Args:
+        settings: the configuration.
+        start, widths, forecast: what was measured.
+        lr: the learning rate that counts as the configured one.
+        stand_in: how the model whose start was measured differs from the configured one; empty where it does not.
+    """
+    found = [_of(stand_in, one) for one in _start(settings, start)]
     if widths is not None:
         found += _widths(settings, widths)
     if forecast is not None:
-        found += [*_rate(forecast, lr), *_logits(forecast)]
+        found += [*_rate(settings, forecast, lr), *_logits(settings, forecast)]
     return found
 
 
-def _start(s: Start) -> Iterator[Finding]:
+def _of(stand_in: str, found: Finding) -> Finding:
+    if not stand_in:
+        return found
+    return replace(found, what=f"{found.what}; measured on a stand-in ({stand_in}), not on the configured model")
+
+
+def _profile_mend(settings: Settings, s: Start) -> str:
+    """Return what is left to do about gradients that differ between blocks."""
+    mends = []
+    if not NEAR_ONE[0] <= s.embedded <= NEAR_ONE[1]:
+        mends.append("bring the embedding's output to a deviation of about 1")
+    if settings.residual_init not in ("scaled", "depth") and not outputs_normalised(settings):
+        mends.append("scale residual outputs by 1 / sqrt(2 layers)")
+    return ", and ".join(mends) or "nothing before it runs; watch the gradient norms of the blocks in the first steps"
+
+
+def _start(settings: Settings, s: Start) -> Iterator[Finding]:
     if not (math.isfinite(s.loss) and math.isfinite(s.gradient)):
         yield Finding(
             "measured-start-nonfinite",
@@ -99,7 +132,7 @@ def _start(s: Start) -> Iterator[Finding]:
             "Where every sub-layer enlarges the gradient on its way back, early layers' gradients can spike; where it "
             "shrinks, they do not learn. By itself it condemns nothing: measured like this, the configurations of OLMo "
             "2 32B, DeepSeek-V3 and Marin 32B with QK-norm, which trained well, are at about 20 to 90.",
-            "bring the embedding's output to a deviation of about 1, and scale residual outputs by 1 / sqrt(2 layers)",
+            _profile_mend(settings, s),
             _SPIKE_NO_MORE,
             ("init_std", "embed_std", "residual_init", "norm", "n_layers"),
         )
@@ -123,22 +156,26 @@ def _widths(settings: Settings, w: Widths) -> Iterator[Finding]:
     )
 
 
-def _rate(f: Forecast, lr: float) -> Iterator[Finding]:
+def _rate(settings: Settings, f: Forecast, lr: float) -> Iterator[Finding]:
     n, total = f.diverged(lr)
     if not n:
         return
     yield Finding(
         "measured-lr-diverged",
         "critical" if 2 * n > total else "warning",
-        f"{n} of {total} proxies diverged at the configured lr = {lr:g}, within {f.steps} steps",
+        f"{n} of {total} proxies diverged at {_rate_words(settings, lr)}, within {f.steps} steps",
         "Models that are larger, or trained for longer, diverge at lower rates than small ones.",
-        f"start from lr = {lr / 10:.2g} and measure again; a longer warm-up and qk_norm widen the range",
+        f"start from {put_lr(settings, lr / 10)} and measure again; a longer warm-up and qk_norm widen the range",
         _WORTSMAN,
         ("lr", "optimizer"),
     )
 
 
-def _logits(f: Forecast) -> Iterator[Finding]:
+def _rate_words(settings: Settings, lr: float) -> str:
+    return f"the configured lr = {lr:g}" if settings.lr is not None else f"lr = {lr:g}, the usual one at this size"
+
+
+def _logits(settings: Settings, f: Forecast) -> Iterator[Finding]:
     if not f.points or not f.informative or f.points[0].high <= THRESHOLD:
         return
     here = f.points[0]
@@ -151,7 +188,7 @@ def _logits(f: Forecast) -> Iterator[Finding]:
         f"{says} {THRESHOLD:g} ({here.logit:.2g} [{here.low:.2g}, {here.high:.2g}], {f.decades:.1f} decades beyond the "
         f"largest proxy, left-out error {f.left_out_error:.2f} decades)",
         "Every run of Wortsman et al. whose largest logit passed 1e4 diverged.",
-        "apply qk_norm, or lower lr",
+        f"apply qk_norm, or {put(settings, 'lr', here.lr / 3)} and measure again",
         _WORTSMAN,
         ("lr", "qk_norm", "d_model", "n_layers"),
     )

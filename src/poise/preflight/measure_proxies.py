@@ -41,6 +41,12 @@ LEAST_STEPS: Final = 20
 WARMUP: Final = 0.1
 """Share of the steps over which the rate rises; then it stays."""
 
+AROUND: Final = 8
+"""Steps' worth of time that building a proxy and looking at it takes."""
+
+NEXT: Final = 4.0
+"""Time of two sizes over that of the smaller one, where only that was timed."""
+
 SLACK: Final = 0.85
 """Share of the time that is planned for: a step takes longer than the shortest of a few."""
 
@@ -186,8 +192,12 @@ def plan(
     seconds: float,
     bounded: bool,
     sizes: Sequence[int] = SIZES,
-) -> Batch | None:
-    """Return what fits into a time: fewer seeds before fewer steps, two sizes at least; ``None`` where nothing does."""
+) -> Batch | float:
+    """Return what fits into a time; where nothing does, the seconds that the least with a forecast would take.
+
+    Fewer seeds come before fewer steps, and two sizes stay; at last the configured rate alone, which says whether it
+    diverges and carries no forecast.
+    """
     specs = [family.spec(size, vocab_size=text.vocab_size, seq_len=POSITIONS) for size in sizes]
     grid = rates(config.lr, bounded)
     costs: list[float] = []
@@ -195,12 +205,13 @@ def plan(
         if sum(costs) * 10 > seconds:  # timing alone would take too long: the sizes so far do
             break
         costs.append(step_seconds(spec, config, text, device))
-    for seeds, least in ((3, 150), (2, 60), (1, LEAST_STEPS)):
+    for seeds, least, run in ((3, 150, grid), (2, 60, grid), (1, LEAST_STEPS, grid), (1, LEAST_STEPS, grid[:1])):
         for n in range(len(costs), 1, -1):
-            steps = int(SLACK * seconds / (len(grid) * seeds * sum(costs[:n])) - 2)  # two for set-up and looks
+            steps = int(SLACK * seconds / (len(run) * seeds * sum(costs[:n])) - AROUND)
             if steps >= least:
-                return Batch(tuple(specs[:n]), grid, tuple(range(seeds)), min(steps, MOST_STEPS))
-    return None
+                return Batch(tuple(specs[:n]), run, tuple(range(seeds)), min(steps, MOST_STEPS))
+    two = sum(costs[:2]) if len(costs) > 1 else NEXT * sum(costs)
+    return len(grid) * two * (LEAST_STEPS + AROUND + 1) / SLACK
 
 
 def runs(

@@ -11,6 +11,7 @@ from poise.core.errors import UserError, nearest
 from poise.preflight.readers import READERS, hf, megatron, recipe
 from poise.preflight.readers.document import Document, load_document
 from poise.preflight.readers.draft import merge
+from poise.preflight.readers.megatron_words import KNOWN
 from poise.preflight.readers.mlperf import from_mlperf
 from poise.preflight.settings import Settings
 
@@ -21,20 +22,21 @@ BESIDE = ("tokenizer.json",)
 """Files that are read together with a ``config.json`` in the same folder."""
 
 
-def read_settings(paths: Sequence[Path]) -> Settings:
+def read_settings(paths: Sequence[Path | str] | Path | str) -> Settings:
     """Read configuration files, checkpoint folders, or the name of a recipe that comes with poise, as one run.
 
     Args:
-        paths: files and folders in any order; what one does not say another may.
+        paths: one, or several in any order, as text or ``Path``; what one does not say another may.
 
     Raises:
         UserError: a file that is missing or of no known format, a value that cannot be, or two files that disagree.
     """
-    if not paths:
+    named = [Path(one) for one in ([paths] if isinstance(paths, str | Path) else paths)]
+    if not named:
         raise UserError(f"no configuration is named; give {_looked_for()}")
     parts: list[Settings] = []
     groups: dict[str, list[Document]] = {}
-    for path in dict.fromkeys(paths):
+    for path in dict.fromkeys(named):
         if not path.exists() and (name := _recipe_name(path)):
             parts.append(recipe.read_recipe(name))
             continue
@@ -58,7 +60,7 @@ def from_mapping(settings: Mapping[str, Any], source: str) -> Settings | None:
     """
     if (found := from_mlperf(settings, source) or hf.from_config(settings, source)) is not None:
         return found
-    return megatron.from_dump(settings, source) if len(megatron.KNOWN & settings.keys()) >= 4 else None
+    return megatron.from_dump(settings, source) if len(KNOWN & settings.keys()) >= 4 else None
 
 
 def _documents(path: Path) -> list[Document]:

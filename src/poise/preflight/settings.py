@@ -201,7 +201,7 @@ class Settings:
         return self.called.get(name, name)
 
 
-_NUMBER = re.compile(r"(?<![\w.])-?(?:\d[\d_,]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
+_NUMBER = re.compile(r"(?<![\w.])(?<!\w-)-?(?:\d[\d_,]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 def _shown(value: object) -> str:

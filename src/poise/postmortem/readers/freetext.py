@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from poise.postmortem.readers.names import GRAD_NORM, LOSS, LR, STEP, TOKENS, VAL_LOSS, rank, words
+from poise.postmortem.readers.shapes import STEP_AT, TOTAL_AT, Place
 from poise.postmortem.readers.source import Row, Source
 
 LONGEST = 4000
@@ -29,6 +30,9 @@ PAIR = re.compile(
     rf"({NUMBER})(?:\s?/\s?(\d[\d,]{{0,15}}(?<!,)|\?+))?(?:([KkMBTPE])(?![\w/]))?(?!\d|[-./,:]\d|x[0-9a-f]|%\||it/)"
 )
 _BAR = re.compile(r"(?:[|:\[(]|^)\s{0,20}(\d{1,15})\s{0,2}/\s{0,12}(\d{1,15}|\?+)(?=[\s\])])")
+_IN_BRACKETS = re.compile(r"\[(\d{1,6}), {0,6}(\d{1,12})\]:? {1,4}(?=[A-Za-z])")
+"""Epoch and batch, as PyTorch's tutorial prints them."""
+
 _RATE_BAR = re.compile(r"(?<![\d.])(\d{1,9}(?:\.\d{1,3})?)(k?)it/(\d[\d.]{0,15}k?|[?-])")
 _SETS = r"(?:val|valid|validation|eval|evaluation|evaluating|dev|test|held[-_ ]?out)"
 _HELD_OUT = re.compile(rf"(?<![a-z_/]){_SETS}(?![a-z_/])", re.I)
@@ -84,6 +88,28 @@ def pairs(line: str) -> list[Pair]:
         of = float(total.replace(",", "")) if total[:1].isdigit() else float("nan")
         found.append(Pair(name, value, of, sep.strip(" \t\"'([")))
     return found
+
+
+def places(line: str, step: str, names: Collection[str], meaning: Meanings) -> list[Place]:
+    """Return where a line's step and the wanted columns stand; an empty list where one of them has a unit or such."""
+    found: dict[str, Place] = {}
+    for match in PAIR.finditer(line):
+        name, sep, number, total, unit = match.groups()
+        if name[-1:].isdigit() and not sep:
+            continue
+        kind, column = meaning(name)
+        wanted = STEP_AT if kind == STEP and column == step else column
+        if wanted in found or (wanted != STEP_AT and (column not in names or kind in (STEP, EPOCH))):
+            continue
+        if unit or "," in number or (total or "").startswith("?"):
+            return []
+        found[wanted] = Place(wanted, *match.span(3))
+        if total and wanted == STEP_AT:
+            found[TOTAL_AT] = Place(TOTAL_AT, *match.span(4))
+    if step == BAR and (counted := _BAR.search(line)) and counted[2].isdigit():
+        found[STEP_AT] = Place(STEP_AT, *counted.span(1))
+        found[TOTAL_AT] = Place(TOTAL_AT, *counted.span(2))
+    return list(found.values()) if set(names) | {STEP_AT} <= found.keys() else []
 
 
 def bar(line: str) -> Pair | None:
@@ -195,6 +221,10 @@ def _meaning(name: str) -> tuple[str, str]:
     if (also := _ALSO.get("_".join(rest))) is not None:
         also = VAL_LOSS if also == LOSS and "eval" in own else also
         return also, also
+    for place in ("after", "at"):  # "eval metrics after step"
+        own = own[own.index(place) + 1 :] or own if place in own else own
+    if own[:1] in (["valid"], ["val"], ["eval"]) and own[1:] in (["num", "updates"], ["global", "step"]):
+        return STEP, "_".join(own[1:])
     plain = "_".join(own)
     if rank(STEP, column) is not None:
         return STEP, plain
@@ -235,6 +265,9 @@ def take_apart(line: str, meaning: Meanings) -> Line:
             elif kind:
                 out.others += 1
                 tested |= kind == VAL_LOSS
+    if line.startswith("[") and (found := _IN_BRACKETS.match(line)):
+        out.epoch = out.epoch or Pair(EPOCH, float(found[1]), float("nan"), "")
+        out.steps.setdefault("batch", Pair("batch", float(found[2]), float("nan"), ""))
     counted = bar(line)
     if counted is not None and out.epoch is not None and counted[1:3] == out.epoch[1:3]:
         counted = None  # "Epoch [1/5], Step [100/600]"

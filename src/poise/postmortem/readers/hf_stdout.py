@@ -34,7 +34,8 @@ EPOCH_DIGIT, EPOCH_SHARE = 0.0051, 0.00051
 _PAIR = re.compile(r"'([^'\n]{1,120})': {0,2}(?:(?:np\.float\d\d|tensor)\()?'?([^,'\"{}()\n]{1,60})")
 _BAR = re.compile(r"(?<!\d)\d{1,3}%\|[^|\n]{0,400}\| {0,9}(\d{1,12})/(\d{1,12}) \[")
 _IN_FRONT = re.compile(
-    r"(?:\b(?:global[_ ])?(?:step|iter(?:ation)?)[\"']?[ =:#\[]{0,4}(\d{1,12})|\[ {0,8}(\d{1,12}) ?/ ?\d{1,12}\])[^\d]{0,40}$",
+    r"(?:\b(?:global[_ ])?(?:step|iter(?:ation)?)[\"']?[ =:#\[]{0,4}(\d{1,12})|\[ {0,8}(\d{1,12}) ?/ ?\d{1,12}\])"
+    r"[^\d]{0,40}$",
     re.I,
 )
 """A step before a dict: ``Step 10: {'loss': ...}``, ``[10/600] {'loss': ...}``."""
@@ -224,6 +225,9 @@ class _Survey:
         if epochs is not None:
             return epochs
         count = np.cumsum(train).astype(np.float64)
+        epoch = np.array(self.epoch, dtype=np.float64)
+        later = np.append(False, ~train[1:] & ~train[:-1] & (epoch[1:] > epoch[:-1]))
+        count[later] += 1  # an evaluation below another one, as at the end of training
         every = self._every(int(train.sum()))
         if every > 1 and not parts.any():
             note = f"the dicts have no step: counted as one every {every} steps, a guess from how many there are"

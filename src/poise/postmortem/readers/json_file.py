@@ -12,7 +12,7 @@ from typing import Any
 
 from poise.core.errors import UserError
 from poise.postmortem.readers import jsonl, records
-from poise.postmortem.readers.names import LOSS, ROW, STEP, choose, rank
+from poise.postmortem.readers.names import LOSS, ROW, STEP, choose, is_held_out, rank
 from poise.postmortem.readers.source import HEAD_BYTES, Item, Row, Source, number
 
 FORMAT = "json"
@@ -52,15 +52,16 @@ def read(source: Source) -> Iterator[Item]:
     document = jsonl.loads(text.decode("utf-8", errors="replace").lstrip("\ufeff"))
     if document is None:
         raise UserError(f"'{source.path}' begins like a JSON document, but is damaged or cut off; write JSON lines")
-    for folder, table in tables(document):
-        yield from _rows(source, folder, table)
+    found = list(tables(document))
+    for folder, table in found:
+        yield from _rows(source, folder if len(found) > 1 or is_held_out(folder) else "", table)
 
 
 Table = Mapping[str, Sequence[Any]] | Sequence[Any]
 
 
 def tables(value: Any, folder: str = "", depth: int = 0) -> Iterator[tuple[str, Table]]:
-    """Yield the tables in a document: arrays by name, lists of records, lists of three numbers; each with its folder."""
+    """Yield the tables in a document, each with its folder: arrays by name, records, lists of three numbers."""
     if isinstance(value, list):
         if len(value) >= FEWEST and (all(isinstance(x, dict) for x in value) or all(map(_is_point, value))):
             yield folder, value

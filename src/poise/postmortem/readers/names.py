@@ -97,6 +97,8 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
         "loss_value",
         "losses",
         "losses_train",
+        "trainloss",
+        "pretrain_loss",
         "batch_loss",
         "loss_batch",
         "loss_epoch",

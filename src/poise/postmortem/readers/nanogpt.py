@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from poise.postmortem.readers.form import is_told
-from poise.postmortem.readers.freetext import NUMBER, pairs
+from poise.postmortem.readers.freetext import NUMBER, pairs, whole
 from poise.postmortem.readers.names import GRAD_NORM, LOSS, STEP, VAL_LOSS
 from poise.postmortem.readers.ranks import Ranks, rank_of
 from poise.postmortem.readers.source import RESTARTED, Item, Row, Source, number

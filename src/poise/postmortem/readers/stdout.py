@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from poise.core.errors import UserError
 from poise.postmortem.readers.form import FEWEST, REACH, Form, is_told, learn
 from poise.postmortem.readers.freetext import (
@@ -22,13 +24,15 @@ from poise.postmortem.readers.freetext import (
     Pair,
     announces,
     pairs,
+    places,
     take_apart,
     whole,
     with_points,
 )
 from poise.postmortem.readers.names import ROW, STEP, VAL_LOSS, rank
 from poise.postmortem.readers.ranks import Ranks
-from poise.postmortem.readers.source import HEAD_BYTES, Item, Row, Source
+from poise.postmortem.readers.shapes import PROVED, STEP_AT, TOTAL_AT, Shapes
+from poise.postmortem.readers.source import HEAD_BYTES, Block, Item, Row, Source
 
 __all__ = ["FORMAT", "LOOKS_FOR", "NUMBER", "Meanings", "is_told", "pairs", "read", "sniff", "take_apart"]
 
@@ -37,6 +41,9 @@ LOOKS_FOR = "lines of any program with a step and a loss, like 'step 10 | loss 2
 
 SCORE = 0.25
 """A guess; whoever knows the format goes first."""
+
+BLOCK_ROWS, FEW = 4096, 8
+"""Rows of a block; fewer are yielded one by one."""
 
 HOPELESS = 0.01
 """For a log of a line or two: nobody else's, and said so."""
@@ -127,10 +134,58 @@ def _lines(source: Source, form: Form, ranks: Ranks) -> Iterator[str]:
             yield with_points(line) if form.commas else line
 
 
-def _inline(source: Source, form: Form, lines: Iterator[str], ranks: Ranks) -> Iterator[Row]:
+def _word(form: Form) -> str:
+    """Return what every line with a step must hold; an empty text where lines are not to be passed over."""
+    if form.step in ("", EPOCH, "batch"):
+        return ""
+    return "/" if form.step == BAR else form.step.rpartition("_")[2]
+
+
+def _may_matter(line: str, word: str) -> bool:
+    """Return whether a line may hold a step, an epoch, or say that an evaluation begins."""
+    low = line.lower()
+    return word in low or "ep" in low or "val" in low or "held" in low
+
+
+class Rows:
+    """Rows with the same columns, as blocks."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+
+    def add(self, row: Row) -> Iterator[Item]:
+        """Take in a row; yield those before it that are enough or have other columns."""
+        if self._rows and (len(self._rows) >= BLOCK_ROWS or row.keys() != self._rows[0].keys()):
+            yield from self.flush()
+        self._rows.append(row)
+
+    def flush(self) -> Iterator[Item]:
+        """Yield all rows."""
+        if len(self._rows) >= FEW:
+            names = list(self._rows[0])
+            table = np.array([[row[name] for name in names] for row in self._rows])
+            yield Block({name: table[:, i].copy() for i, name in enumerate(names)})
+        else:
+            yield from self._rows
+        self._rows = []
+
+
+def _inline(source: Source, form: Form, lines: Iterator[str], ranks: Ranks) -> Iterator[Item]:
     meaning, unroll = Meanings(), Unroll(source, form.step == BAR)
     epoch, last, announced = float("nan"), float("nan"), False
+    shapes, block = Shapes(), Rows()
+    word = _word(form)
     for line in lines:
+        known = shapes.match(line)
+        if known is not None and known[1].proved >= PROVED and not announced:
+            got = known[0]
+            step = unroll(Pair("", got.pop(STEP_AT), got.pop(TOTAL_AT, float("nan")), ""), epoch)
+            if not ranks.repeats(step):
+                got[STEP] = last = step
+                yield from block.add(got)
+            continue
+        if word and known is None and not _may_matter(line, word):
+            continue
         now = take_apart(line, meaning)
         epoch = epoch if now.epoch is None else now.epoch.value
         pair = now.epoch if form.step == EPOCH else now.steps.get(form.step)
@@ -146,6 +201,14 @@ def _inline(source: Source, form: Form, lines: Iterator[str], ranks: Ranks) -> I
         if not form.step and form.loss not in now.row and VAL_LOSS not in now.row:
             continue
         row = _kept(now, form)
+        if pair is not None and word and now.epoch is None and form.loss in now.losses:
+            right = row | {STEP_AT: pair.value} | ({TOTAL_AT: pair.total} if pair.total == pair.total else {})
+            if known is not None:
+                shapes.prove(known[1], known[0], right)
+            elif not now.held_out:
+                shapes.learn(line, places(line, form.step, row, meaning))
+        elif known is not None:
+            shapes.prove(known[1], known[0], {})
         if pair is not None and form.step:
             step = pair.value if form.step == EPOCH else unroll(pair, epoch)
             if form.loss in now.losses and announced and step == last:
@@ -154,7 +217,9 @@ def _inline(source: Source, form: Form, lines: Iterator[str], ranks: Ranks) -> I
                 continue
             row[ROW if form.step == EPOCH else STEP] = last = step
         announced = announced and form.loss not in now.losses
+        yield from block.flush()
         yield row
+    yield from block.flush()
 
 
 def _apart(source: Source, form: Form, lines: Iterator[str]) -> Iterator[Row]:

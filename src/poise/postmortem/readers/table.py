@@ -16,6 +16,7 @@ from poise.core.errors import UserError
 from poise.postmortem.readers import records
 from poise.postmortem.readers.json_file import tag_of
 from poise.postmortem.readers.names import LOSS, SAMPLES, STEP, TOKENS, rank
+from poise.postmortem.readers.records import Record, Texts
 from poise.postmortem.readers.source import Item, Row, Source, is_absent
 from poise.postmortem.readers.table_layout import (
     CLOCK,
@@ -63,11 +64,11 @@ class _Table:
         self._layout = layout
         self._good = self._bad = 0
         self._above = 0  # characters of the last cell in the row above
-        self._wide: list[records.Record] = []  # rows with more cells than names, as long as they are few
+        self._wide: list[Record] = []  # rows with more cells than names, as long as they are few
         self._width = self._accepted = 0  # how many cells more these have, and those that are used
         self._name(layout.names)
 
-    def records(self) -> Iterator[records.Record]:
+    def records(self) -> Iterator[Record]:
         """Yield each row's numbers, and its words where they matter."""
         source, layout = self._source, self._layout
         began = layout.header is None
@@ -111,7 +112,7 @@ class _Table:
         )
         self._words = [i for i, name in enumerate(names) if records.matters(name)]
 
-    def _whole(self, cells: list[str]) -> Iterator[records.Record]:
+    def _whole(self, cells: list[str]) -> Iterator[Record]:
         """Yield a row with a cell for every name."""
         source = self._source
         if source.unfinished and len(cells[-1]) < self._above:
@@ -130,7 +131,7 @@ class _Table:
         elif not all(map(is_absent, cells)):
             self._left_out("line without a number left out")
 
-    def _too_wide(self, cells: list[str]) -> Iterator[records.Record]:
+    def _too_wide(self, cells: list[str]) -> Iterator[Record]:
         """Yield rows with more cells than names, once there are several alike or when what is more is empty."""
         extra = len(cells) - len(self._names)
         cells, more = cells[: len(self._names)], cells[len(self._names) :]
@@ -163,7 +164,8 @@ class _Table:
     def _forget_wide(self) -> None:
         """Leave out the few rows with too many cells: their like did not follow."""
         for _ in self._wide:
-            self._left_out(f"line without {len(self._names)} cells left out")
+            self._source.notes.add(f"line without {len(self._names)} cells left out")
+        self._bad += len(self._wide)
         self._wide = []
 
     def _is_row(self, row: Row) -> bool:
@@ -188,7 +190,7 @@ class _Table:
                 self._source.notes.add(f"a cell of '{name}' that is no number left out", self._source.where)
         return row
 
-    def _texts(self, cells: Sequence[str]) -> records.Texts:
+    def _texts(self, cells: Sequence[str]) -> Texts:
         if not self._words:
             return {}
         return {self._names[i]: cells[i] for i in self._words if not is_absent(cells[i])}

@@ -91,9 +91,11 @@ def _with_header(lines: Sequence[str], delimiter: str) -> Layout | None:
         cells = split(bare, delimiter)
         if len(cells) < 1 + (not delimiter) or any(number(cell) is not None for cell in cells):
             continue
-        below = [split(row, delimiter) for row in lines[at + 1 : at + 1 + BELOW]]
+        below = [_trimmed(split(row, delimiter), len(cells)) for row in lines[at + 1 : at + 1 + BELOW]]
         rows = [row for row in below if len(row) == len(cells)]
-        if not below or 2 * len(rows) < len(below):
+        wider = [len(row) for row in below if len(row) > len(cells)]  # a column that was added later
+        alike = max(map(wider.count, wider), default=0) if below and len(below[0]) == len(cells) else 0
+        if not below or 2 * (len(rows) + alike) < len(below):
             continue
         looked += len(cells) * len(rows)
         steps = _numeric(cells, rows, delimiter, STEP)
@@ -103,6 +105,11 @@ def _with_header(lines: Sequence[str], delimiter: str) -> Layout | None:
         if weak is None and len(cells) > 1 and 10 * len(rows) >= 9 * len(below) and _is_table(cells, rows, delimiter):
             weak = Layout(delimiter, tuple(unique(cells)), line, 0.3)
     return weak
+
+
+def _trimmed(row: list[str], width: int) -> list[str]:
+    """Return a row without empty cells beyond the width: a delimiter at the end of the line."""
+    return row[:width] if len(row) > width and not any(row[width:]) else row
 
 
 def _is_table(cells: Sequence[str], rows: Sequence[Sequence[str]], delimiter: str) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from poise.postmortem.readers.form import is_told
-from poise.postmortem.readers.freetext import pairs
+from poise.postmortem.readers.freetext import pairs, whole
 from poise.postmortem.readers.names import STEP, VAL_LOSS
 from poise.postmortem.readers.ranks import Ranks, rank_of
 from poise.postmortem.readers.source import RESTARTED, Item, Row, Source

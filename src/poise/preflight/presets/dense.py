@@ -91,6 +91,8 @@ _PALM: tuple[Fact, ...] = (
     ("d_model", 18_432, "d_model 18432"),
     ("n_heads", 48, "48 heads"),
     ("n_kv_heads", 1, "multi-query attention"),
+    ("head_dim", 256, "attention head size 256"),
+    ("d_ff", 73_728, "feed-forward size 4 x d_model"),
     ("vocab_size", 256_000, "SentencePiece vocabulary with 256k tokens"),
     ("gated_mlp", True, "SwiGLU"),
     ("tied", True, "shared input-output embeddings"),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from poise.core.errors import UserError
+from poise.core.errors import UserError, nearest
 from poise.preflight.settings import Said, Settings
 
 WEAK = ("default of ", "guessed from ")
@@ -42,6 +42,10 @@ class Found(NamedTuple):
     value: Any
     said: str
     key: str = ""
+
+    def then(self, make: Callable[[Any], Any]) -> Found:
+        """Return what is made of the value; of one that cannot be read nothing is."""
+        return self if self.value is None else self._replace(value=make(self.value))
 
 
 class Draft:
@@ -252,6 +256,15 @@ class Keys:
             if key not in self._asked and key not in skip and value is not None
         ]
 
+    def misspelt(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Return notes about those names that are close to one that was asked for, and the other names."""
+        notes: list[str] = []
+        rest: list[str] = []
+        for name in names:
+            hint = nearest(name, sorted(self._asked))
+            (notes if hint else rest).append(f"{self.label(name)} is not read{hint}" if hint else name)
+        return notes, rest
+
     def _wrong(self, key: str, raw: Any, wanted: str) -> UserError:
         shown = repr(raw) if len(repr(raw)) <= 60 else repr(raw)[:57] + "..."
         return UserError(f"'{self.where}': '{key}' is {shown}; give {wanted}")
@@ -265,6 +278,19 @@ def not_read(names: Sequence[str], what: str = "settings") -> list[str]:
     return [
         f"{len(names)} {what if len(names) > 1 else what.removesuffix('s')} not read: {', '.join(names[:SHOWN])}{more}"
     ]
+
+
+def with_unread(data: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the mapping with ``Unread`` at the dotted names whose values could not be read."""
+    out = {key: with_unread(value, ()) if isinstance(value, Mapping) else value for key, value in data.items()}
+    for name in names:
+        *path, last = name.split(".")
+        owner: Any = out
+        for part in path:
+            owner = owner.get(part) if isinstance(owner, dict) else None
+        if isinstance(owner, dict) and owner.get(last) is None:
+            owner[last] = Unread()
+    return out
 
 
 def flattened(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -305,7 +331,7 @@ def merge(parts: Sequence[Settings]) -> Settings:
             if value is None or (value == values[name] and not here.startswith(WEAK)):
                 continue
             there = part.said.get(name, f"{name} = {value}")
-            if (values[name] is not None or name in unclear) and there.startswith(WEAK):
+            if values[name] is not None and there.startswith(WEAK):
                 continue
             if values[name] is not None and not here.startswith(WEAK):
                 here = here or f"{name} = {values[name]}"
@@ -314,7 +340,8 @@ def merge(parts: Sequence[Settings]) -> Settings:
                     "mend one of them or leave one file out"
                 )
             values[name], said[name], origin[name] = value, there, part.source
-            called |= {name: own for own in (part.called.get(name),) if own}
+            if own := part.called.get(name):
+                called[name] = own
     for name in [name for name in unclear if said.get(name, "").startswith(WEAK)]:
         values[name] = None
         del said[name]

@@ -72,3 +72,38 @@ TYPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "starcoder2": {**_GPT, "positions": "rope"},
 }
 """``model_type`` -> fields of ``Settings``; what a key of the file says goes before."""
+
+TIED: Final[Mapping[str, bool]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "ministral", "mixtral", "phi3", "granite", "granitemoe", "deepseek_v2", "deepseek_v3",
+         "arcee", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo", "olmo2", "olmo3", "olmoe", "glm", "glm4",
+         "gpt_oss", "gpt_neox", "gptj", "phi", "stablelm", "dbrx", "nemotron", "persimmon", "codegen", "llama4_text",
+         "seed_oss", "exaone4", "apertus", "helium", "jamba"),
+        False,
+    ),
+    **dict.fromkeys(
+        ("smollm3", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo", "opt", "bloom",
+         "falcon", "mpt", "starcoder2", "cohere", "cohere2", "minicpm3", "ernie4_5", "lfm2", "xglm"),
+        True,
+    ),
+}  # fmt: skip
+"""``tie_word_embeddings`` where ``config.json`` does not say it."""
+
+KV_HEADS: Final[Mapping[str, int]] = {
+    "mistral": 8, "ministral": 8, "mixtral": 8, "smollm3": 4, "deepseek_v3": 128, "gemma": 16, "qwen2": 32,
+    "qwen2_moe": 16, "qwen3": 32, "qwen3_moe": 4, "gemma2": 4, "gemma3_text": 4, "glm4": 2, "gpt_oss": 8,
+    "gpt_bigcode": 1, "stablelm": 32, "starcoder2": 2,
+}  # fmt: skip
+"""``num_key_value_heads`` of types that do not take as many as there are heads, where it is not said."""
+
+EXPERTS: Final = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"})
+"""Types that are mixtures of experts by themselves."""
+
+INIT: Final[Mapping[str, float]] = {"starcoder2": 0.018042, "nemotron": 0.0134, "minicpm3": 0.1, "mamba": 0.1}
+"""``initializer_range`` of the classes that have another default than 0.02."""
+
+NEUTRAL: Final[Mapping[str, float | None]] = {
+    "scale_emb": 1.0, "scale_depth": None, "dim_model_base": None, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+    "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
+}  # fmt: skip
+"""Keys of models that scale activations themselves (MiniCPM, Granite), with the value that changes nothing."""

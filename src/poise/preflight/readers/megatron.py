@@ -8,40 +8,36 @@ model, those of training where it describes training; ``said`` then is "default 
 from __future__ import annotations
 
 import ast
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from poise.core.errors import UserError
 from poise.preflight.readers.document import Document
-from poise.preflight.readers.draft import Draft, Found, Keys, flattened, merge, not_read
+from poise.preflight.readers.draft import LARGEST, Draft, Found, Keys, flattened, merge, not_read, with_unread
 from poise.preflight.readers.megatron_steps import Ramp, steps_for
-from poise.preflight.readers.shell import command_lines
+from poise.preflight.readers.megatron_words import (
+    CALLED,
+    KNOWN,
+    MACHINES,
+    NODES,
+    PER_NODE,
+    SHAPE,
+    TRAINING,
+    as_argument,
+    as_flag,
+    best_line,
+    dest,
+    dump_of,
+)
+from poise.preflight.readers.shell import script
 from poise.preflight.settings import Settings
 
 FORMAT = "megatron"
 LOOKS_FOR = "Megatron-LM arguments (a script with --num-layers ... --lr ..., flat YAML, or a log that begins with them)"
 OF = "Megatron-LM"
 
-SHAPE = frozenset({"num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "init_method_std"})
-TRAINING = frozenset(
-    {"lr", "min_lr", "train_iters", "train_samples", "global_batch_size", "lr_warmup_iters", "lr_warmup_samples",
-     "lr_warmup_fraction", "lr_decay_style", "clip_grad", "adam_beta2", "weight_decay"}
-)  # fmt: skip
-_OTHERS = frozenset(
-    {"seq_length", "max_position_embeddings", "micro_batch_size", "tensor_model_parallel_size", "lr_decay_iters",
-     "attention_dropout", "adam_eps", "swiglu", "kv_channels"}
-)  # fmt: skip
-KNOWN = SHAPE | TRAINING | _OTHERS
-
-_FLAGS = frozenset(
-    {"deepspeed", "fp16", "bf16", "swiglu", "qk_layernorm", "qk_clip", "group_query_attention", "disable_bias_linear",
-     "untie_embeddings_and_output_weights", "use_flash_attn", "embed_layernorm", "attention_softmax_in_fp32",
-     "no_position_embedding", "use_rotary_position_embeddings", "no_masked_softmax_fusion", "apply_layernorm_1p",
-     "no_check_for_nan_in_loss_and_grad", "use_precision_aware_optimizer", "init_method_xavier_uniform"}
-)  # fmt: skip
-"""Arguments that take no value, whatever word stands behind them."""
-
-_DUMP = re.compile(r"(?:^|\s)([A-Za-z_]\w{1,60}) \.{2,60} (.{0,2000})$")
 _POSITIONS = {
     "learned_absolute": "learned", "absolute": "learned", "rope": "rope", "rotary": "rope", "mrope": "rope",
     "yarn": "rope", "alibi": "alibi", "none": "none",
@@ -56,10 +52,10 @@ def sniff(document: Document) -> float:
     if document.kind != "text":
         known = KNOWN & flattened(document.data)[0].keys()
         return 0.9 if len(known) >= 4 and not document.data.get("model_type") else 0.0
-    dump = _dump(document.text)
+    dump = dump_of(document.text)
     if len(dump) >= 5 and len(KNOWN & dump.keys()) >= 3:
         return 0.9
-    return 0.9 if len(KNOWN & {_dest(flag) for flag in re.findall(r"--[a-z][\w-]{0,60}", document.text)}) >= 3 else 0.0
+    return 0.9 if len(KNOWN & {dest(flag) for flag in re.findall(r"--[a-z][\w-]{0,60}", document.text)}) >= 3 else 0.0
 
 
 def read(documents: Sequence[Document]) -> Settings:
@@ -69,22 +65,19 @@ def read(documents: Sequence[Document]) -> Settings:
 
 def _read(document: Document) -> Settings:
     if document.kind != "text":
-        raw, twice = flattened(document.data)
+        raw, twice = flattened(with_unread(document.data, document.unread))
         keys = Keys(raw, document.name, lambda key, value: f"{key}: {value}")
         notes = [*not_read(twice, "second values of a key"), *not_read(document.unread)]
         return _settings(keys, document.name, notes)
-    dump = _dump(document.text)
+    dump = dump_of(document.text)
     if len(KNOWN & dump.keys()) >= 3:
         return from_dump(dump, document.name)
-    raw = _best_line(document.text)
-    open_ends = [key for key, value in raw.items() if isinstance(value, str) and "$" in value]
-    notes = []
-    asked = [key for key in open_ends if key in KNOWN or key in ("save_interval", "vocab_size")]
-    for key in asked:
-        notes.append(f"--{key.replace('_', '-')} is {raw[key]}, whose value the script does not say")
-    raw = {key: value for key, value in raw.items() if key not in open_ends}
-    keys = Keys(raw, document.name, _as_argument)
-    return _settings(keys, document.name, notes)
+    lines, variables = script(document.text)
+    raw, more = best_line(lines)
+    nodes = {name: value for name, value in variables.items() if name in MACHINES}
+    keys = Keys({**nodes, **raw}, document.name, as_argument, as_flag)
+    notes = [f"{word} may hold more arguments: nothing is taken to be a default" for word in more[:1]]
+    return _settings(keys, document.name, notes, defaults=not more)
 
 
 def from_dump(raw: Mapping[str, Any], source: str) -> Settings:
@@ -96,70 +89,23 @@ def from_dump(raw: Mapping[str, Any], source: str) -> Settings:
     return _settings(Keys(raw, source, lambda key, value: f"{key} = {value}"), source, [], True)
 
 
-def _dest(flag: str) -> str:
-    return flag.lstrip("-").replace("-", "_").lower()
-
-
-def _as_argument(key: str, value: Any) -> str:
-    flag = "--" + key.replace("_", "-")
-    if value is True:
-        return flag
-    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-
-
-def _dump(text: str) -> dict[str, Any]:
-    """Return ``name ..... value`` lines; of several with one name (ranks, restarts) the first counts."""
-    out: dict[str, Any] = {}
-    for line in text.splitlines():
-        if " .." in line and (found := _DUMP.search(line[:4000])):
-            value = found[2].strip()
-            out.setdefault(found[1], value)
-    return out
-
-
-def _best_line(text: str) -> dict[str, Any]:
-    """Return the arguments of the command, or of the variable, that has most of the names we know."""
-    best: dict[str, Any] = {}
-    score = 0
-    for words in command_lines(text):
-        line = _arguments(words)
-        if len(KNOWN & line.keys()) > score:
-            best, score = line, len(KNOWN & line.keys())
-    return best
-
-
-def _arguments(words: Sequence[str]) -> dict[str, Any]:
-    """Return ``--name value`` words as name -> value, list of values, or true."""
-    out: dict[str, Any] = {}
-    at = 0
-    while at < len(words):
-        word = words[at]
-        at += 1
-        if not word.startswith("--") or len(word) < 3:
-            continue
-        flag, equals, value = word.partition("=")
-        key, values = _dest(flag), [value] if equals else []
-        while not equals and at < len(words) and not words[at].startswith("--") and not words[at].endswith(".py"):
-            values.append(words[at])
-            at += 1
-        plain = not values or (key in _FLAGS and not equals)
-        out[key] = True if plain else values[0] if len(values) == 1 else values
-    return out
-
-
-def _settings(keys: Keys, source: str, notes: list[str], is_dump: bool = False) -> Settings:
-    draft = Draft(source, FORMAT)
+def _settings(keys: Keys, source: str, notes: list[str], is_dump: bool = False, defaults: bool = True) -> Settings:
+    draft = Draft(source, FORMAT, {name: keys.label(key) for name, key in CALLED.items()})
     draft.notes.extend(notes)
     _shape(keys, draft)
     _start(keys, draft)
     _precision(keys, draft)
     _training(keys, draft)
-    if keys.has(*SHAPE):
+    if keys.has(*SHAPE) and defaults:
         _shape_defaults(draft)
-    if keys.has(*TRAINING):
+    if keys.has(*TRAINING) and defaults:
         _training_defaults(keys, draft)
+    if not defaults:
+        draft.unknown(*(name for name, said in draft.said.items() if said.startswith("default of")))
+    draft.notes.extend(keys.notes())
     if not is_dump:
-        draft.notes.extend(not_read(keys.unread()))
+        rest = [key for key in keys.unread(MACHINES) if "$" not in str(keys.raw[key])]
+        draft.notes.extend(not_read(rest))
     return draft.settings()
 
 
@@ -176,6 +122,8 @@ def _shape(keys: Keys, draft: Draft) -> None:
         draft.put(name, keys.size(*own))
     if keys.is_on("group_query_attention"):
         draft.put("n_kv_heads", keys.size("num_query_groups"))
+    elif keys.is_unclear("group_query_attention"):
+        draft.unknown("n_kv_heads")
     elif (heads := draft.get("n_heads")) and not keys.is_on("multi_latent_attention"):
         draft.put("n_kv_heads", Found(heads, "default of Megatron-LM: no --group-query-attention"))
     draft.put("n_experts", keys.whole("num_experts", "num_moe_experts"))
@@ -190,19 +138,19 @@ def _shape(keys: Keys, draft: Draft) -> None:
 
 def _kinds(keys: Keys, draft: Draft) -> None:
     for name in ("swiglu", "quick_geglu", "gated_linear_unit"):
-        if keys.is_on(name):
+        if keys.is_on(name) or keys.is_unclear(name):
             draft.put("gated_mlp", keys.flag(name))
+    if (unit := keys.word("glu_activation")) is not None:
+        draft.put("gated_mlp", unit.then(lambda word: word.endswith("glu")))
     if (untied := keys.flag("untie_embeddings_and_output_weights")) is not None:
-        draft.put("tied", Found(not untied.value, untied.said))
+        draft.put("tied", untied.then(operator.not_))
     draft.put("norm_kind", keys.word("normalization"))
     keys.find("apply_layernorm_1p")  # another way to write the same gains
     if (positions := keys.word("position_embedding_type")) is not None:
-        word = positions.value.rpartition(".")[2]
-        if word in _POSITIONS:
-            draft.put("positions", Found(_POSITIONS[word], positions.said))
-        else:
+        word = str(positions.value).rpartition(".")[2]
+        if word not in _POSITIONS and positions.value is not None:
             draft.notes.append(f"{positions.said} is not judged")
-            draft.put("positions", None)
+        draft.put("positions", positions.then(lambda _: _POSITIONS.get(word)))
     elif keys.is_on("use_rotary_position_embeddings"):
         draft.put("positions", Found("rope", "--use-rotary-position-embeddings"))
     elif keys.is_on("no_position_embedding"):
@@ -220,8 +168,8 @@ def _kinds(keys: Keys, draft: Draft) -> None:
         draft.put("qk_clip", said or Found(100.0, "--qk-clip, whose threshold is 100 by default"))
     if keys.is_on("use_flash_attn"):
         draft.put("attention_kernel", Found("flash", "--use-flash-attn"))
-    elif (kernel := keys.word("attention_backend")) is not None and not kernel.value.endswith("auto"):
-        draft.put("attention_kernel", Found(kernel.value.rpartition(".")[2], kernel.said))
+    elif (kernel := keys.word("attention_backend")) is not None and not str(kernel.value).endswith("auto"):
+        draft.put("attention_kernel", kernel.then(lambda word: word.rpartition(".")[2]))
     draft.put("embed_norm", keys.flag("embed_layernorm"))
     draft.put("dropout", keys.number("hidden_dropout", low=0, high=1))
 
@@ -230,8 +178,7 @@ def _start(keys: Keys, draft: Draft) -> None:
     if keys.is_on("init_method_xavier_uniform"):
         draft.notes.append("--init-method-xavier-uniform: the start of matrices is not judged")
         keys.find("init_method_std")
-        draft.values["residual_init"] = None
-        draft.values["init_std"] = None
+        draft.unknown("residual_init", "init_std")
         return
     draft.put("init_std", keys.number("init_method_std", low=0))
     draft.put("embed_std", keys.number("embedding_init_method_std", low=0))
@@ -240,7 +187,10 @@ def _start(keys: Keys, draft: Draft) -> None:
 def _shape_defaults(draft: Draft) -> None:
     gated = bool(draft.get("gated_mlp"))
     width = draft.get("d_model")
-    if width:
+    is_unclear = "gated_mlp" in draft.values and draft.get("gated_mlp") is None
+    if width and "glu_activation" in draft.said.get("gated_mlp", "").replace("-", "_"):
+        draft.default("d_ff", 4 * width, "BigScience's Megatron-DeepSpeed: 4 x hidden size")
+    elif width and not is_unclear:
         inner = int(4 * width * 2 / 3) // 64 * 64 if gated else 4 * width
         draft.default("d_ff", inner, f"{OF}: {'8/3' if gated else '4'} x hidden size")
     for name, value in (
@@ -249,14 +199,19 @@ def _shape_defaults(draft: Draft) -> None:
         ("init_std", 0.02), ("residual_init", "scaled"), ("n_experts", 0), ("dropout", 0.1),
     ):  # fmt: skip
         draft.default(name, value, OF)
-    if not any("position" in note for note in draft.notes):
-        draft.default("positions", "learned", OF)
+    draft.default("positions", "learned", OF)
 
 
 def _precision(keys: Keys, draft: Draft) -> None:
     low = next((name for name in ("fp4", "fp8", "fp8_format", "fp4_format") if _is_said(keys, name)), None)
     if low is not None:
         draft.put("dtype", Found(low[:3], keys.form(low, keys.raw[low])))
+    elif any(keys.is_unclear(name) for name in ("fp4", "fp8", "fp8_format", "fp4_format", "bf16", "fp16")):
+        draft.unknown("dtype")
+    elif keys.is_on("bf16") and keys.is_on("fp16"):
+        raise UserError(
+            f"'{keys.where}': both {_said(keys, 'bf16')} and {_said(keys, 'fp16')} are set; give one of them"
+        )
     elif keys.is_on("bf16"):
         draft.put("dtype", Found("bf16", _said(keys, "bf16")))
     elif keys.is_on("fp16"):
@@ -265,11 +220,11 @@ def _precision(keys: Keys, draft: Draft) -> None:
         if keys.is_on("deepspeed"):
             draft.notes.append("DeepSpeed scales the loss as its own configuration says, which is not read")
         else:
-            draft.put("loss_scale", Found(f"{scale.value:g}", scale.said) if scale else None)
+            draft.put("loss_scale", scale.then(lambda value: f"{value:g}") if scale else None)
             draft.default("loss_scale", "dynamic", OF)
         keys.find("initial_loss_scale")
     fused = keys.flag("masked_softmax_fusion")
-    unfused = keys.is_on("no_masked_softmax_fusion") or (fused is not None and not fused.value)
+    unfused = keys.is_on("no_masked_softmax_fusion") or (fused is not None and fused.value is False)
     if keys.is_on("attention_softmax_in_fp32"):
         draft.put("softmax_fp32", keys.flag("attention_softmax_in_fp32"))
     elif keys.is_on("apply_query_key_layer_scaling"):
@@ -291,12 +246,11 @@ def _training(keys: Keys, draft: Draft) -> None:
     draft.put("lr", keys.number("lr", low=0))
     draft.put("min_lr", keys.number("min_lr", low=0))
     if (style := keys.word("lr_decay_style")) is not None:
-        draft.put("schedule", Found(_SCHEDULES.get(style.value, style.value), style.said))
+        draft.put("schedule", style.then(lambda word: _SCHEDULES.get(word, word)))
     if (rule := keys.word("optimizer")) is not None:
-        value = _OPTIMIZERS.get(rule.value, rule.value)
-        if value == "adamw" and keys.is_on("no_decoupled_weight_decay"):
-            value = "adam"
-        draft.put("optimizer", Found(value, rule.said))
+        draft.put("optimizer", rule.then(lambda word: _OPTIMIZERS.get(word, word)))
+        if draft.get("optimizer") == "adamw" and keys.is_on("no_decoupled_weight_decay"):
+            draft.put("optimizer", rule.then(lambda _: "adam"))
     draft.put("beta1", keys.number("adam_beta1", low=0, high=1))
     draft.put("beta2", keys.number("adam_beta2", low=0, high=1))
     draft.put("eps", keys.number("adam_eps", low=0))
@@ -307,9 +261,8 @@ def _training(keys: Keys, draft: Draft) -> None:
     _lengths(keys, draft)
     if keys.is_on("use_precision_aware_optimizer"):
         kinds = [keys.word("exp_avg_sq_dtype"), keys.word("exp_avg_dtype")]
-        lowest = next((k for k in kinds if k and _STATES.get(k.value.rpartition(".")[2], "fp32") != "fp32"), None)
-        if lowest is not None:
-            draft.put("state_dtype", Found(_STATES[lowest.value.rpartition(".")[2]], lowest.said))
+        states = [kind.then(lambda word: _STATES.get(word.rpartition(".")[2], "fp32")) for kind in kinds if kind]
+        draft.put("state_dtype", next((state for state in states if state.value != "fp32"), None))
     if keys.is_on("no_check_for_nan_in_loss_and_grad"):
         draft.put("nan_check", Found(False, "--no-check-for-nan-in-loss-and-grad"))
     else:
@@ -320,16 +273,11 @@ def _training(keys: Keys, draft: Draft) -> None:
 
 
 def _batch(keys: Keys, draft: Draft) -> None:
-    draft.put("devices", keys.size("world_size"))
-    per_node, nodes = keys.find("nproc_per_node"), keys.find("nnodes")
-    if per_node and nodes and str(per_node[1]).isdigit() and str(nodes[1]).isdigit() and int(per_node[1]) > 0:
-        product = int(per_node[1]) * int(nodes[1])
-        if product > 0:
-            draft.put("devices", Found(product, f"{keys.form(*per_node)} {keys.form(*nodes)}"))
+    _devices(keys, draft)
     draft.put("batch_sequences", keys.size("global_batch_size"))
     if "batch_sequences" not in draft.values:
         micro, ranks = keys.size("micro_batch_size"), keys.size("data_parallel_size")
-        if micro and ranks:
+        if micro and ranks and micro.value and ranks.value:
             draft.put("batch_sequences", Found(micro.value * ranks.value, f"{micro.said} x {ranks.said}"))
     ramp = _ramp(keys)
     if ramp is not None:
@@ -339,6 +287,20 @@ def _batch(keys: Keys, draft: Draft) -> None:
         first = re.search(r"\b0:(\d{1,9})\b", str(schedule[1]))
         if first and int(first[1]) > 0:
             draft.put("ramp_from", Found(int(first[1]), keys.form(*schedule)))
+
+
+def _devices(keys: Keys, draft: Draft) -> None:
+    """Accelerators as the launcher's arguments, or else the script's variables, say."""
+    draft.put("devices", keys.size("world_size"))
+    for each, nodes in (("nproc_per_node", "nnodes"), *((e, n) for e in PER_NODE for n in NODES)):
+        found = [keys.find(each), keys.find(nodes)]
+        counts = [int(one[1]) for one in found if one and str(one[1]).isascii() and str(one[1]).isdigit()]
+        if len(counts) == 2 and 0 < counts[0] * counts[1] < LARGEST and "devices" not in draft.values:
+            how = " ".join(keys.form(*one) for one in found if one)
+            draft.put("devices", Found(counts[0] * counts[1], how if how.startswith("--") else how.replace(" ", " x ")))
+    if "devices" not in draft.values and not keys.has(*PER_NODE):
+        world = keys.find("WORLD_SIZE")
+        draft.put("devices", keys.size("WORLD_SIZE") if world and str(world[1]).isdigit() else None)
 
 
 def _ramp(keys: Keys) -> Ramp | None:
@@ -367,23 +329,28 @@ def _lengths(keys: Keys, draft: Draft) -> None:
     batch, ramp = draft.get("batch_sequences"), _ramp(keys)
     draft.put("total_steps", keys.size("train_iters"))
     samples = keys.size("train_samples")
-    if "total_steps" not in draft.values and samples and batch:
-        draft.put("total_steps", Found(steps_for(samples.value, batch, ramp), samples.said))
+    if "total_steps" not in draft.values and samples and (batch or samples.value is None):
+        draft.put("total_steps", samples.then(lambda value: steps_for(value, batch, ramp))._replace(key=""))
     decay = keys.size("lr_decay_iters") or keys.size("lr_decay_samples")
     in_samples = decay is not None and "samples" in decay.said
     iterations, warmup = keys.whole("lr_warmup_iters"), keys.whole("lr_warmup_samples")
     fraction = keys.number("lr_warmup_fraction", low=0, high=1)
-    if fraction is not None:
+    if fraction is not None and fraction.value is None:
+        draft.unknown("warmup_steps")
+    elif fraction is not None:
         span = None if decay is None else decay.value
-        if decay is not None and in_samples:
+        if decay is not None and in_samples and decay.value:
             span = steps_for(round(fraction.value * decay.value), batch, ramp) if batch else None
             draft.put("warmup_steps", Found(span, fraction.said) if span is not None else None)
         else:
             span = span or draft.get("total_steps")
-            draft.put("warmup_steps", Found(round(fraction.value * span), fraction.said) if span else None)
-    elif warmup is not None and warmup.value > 0:
-        if batch:
-            draft.put("warmup_steps", Found(steps_for(warmup.value, batch, ramp), warmup.said))
+            unsaid = decay is not None and decay.value is None
+            draft.put(
+                "warmup_steps", Found(round(fraction.value * span), fraction.said) if span and not unsaid else None
+            )
+    elif warmup is not None and warmup.value != 0:
+        if batch or warmup.value is None:
+            draft.put("warmup_steps", warmup.then(lambda value: steps_for(value, batch, ramp))._replace(key=""))
     else:
         draft.put("warmup_steps", iterations)
 

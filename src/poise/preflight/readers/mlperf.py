@@ -33,9 +33,10 @@ def from_mlperf(raw: Mapping[str, Any], source: str) -> Settings | None:
     draft.put("batch_sequences", keys.size("global_batch_size"))
     draft.put("seq_len", keys.size("max_sequence_length"))
     style = keys.word("opt_learning_rate_decay_schedule")
-    if style is not None and style.value.startswith(("cosine", "linear", "constant")):
+    if style is not None and str(style.value).startswith(("cosine", "linear", "constant")):
         draft.put("schedule", Found(style.value.split()[0], style.said))
     if keys.has("opt_learning_rate_warmup_steps"):
         said = keys.form("opt_learning_rate_warmup_steps", keys.raw["opt_learning_rate_warmup_steps"])
         draft.notes.append(f"{said}: whether it counts steps or samples is not said, so the warm-up is not judged")
+    draft.notes.extend(keys.notes())
     return draft.settings()

@@ -1,8 +1,8 @@
 """The part of YAML that configurations of runs are written in: mappings by indentation, plain values, lists of them.
 
-YAML itself needs a package that poise does not depend on. What is beyond this part (anchors, tags, blocks of text,
-lists of mappings) is not read, and its keys are named in the result. Numbers are read as a person means them:
-``1e-5`` is a number here, though YAML 1.1 has it as text.
+YAML itself needs a package that poise does not depend on. What is beyond this part (tags, blocks of text,
+lists of mappings, anchors at more than a plain value) is not read, and its keys are named in the result.
+Numbers are read as a person means them: ``1e-5`` is a number here, though YAML 1.1 has it as text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ Value = Plain | list[Plain]
 MAX_DEPTH = 20
 
 _KEY = re.compile(r"""(?P<key>"[^"]*"|'[^']*'|[^\s#:'"\[\]{},&*!|>%@`-][^:#]*|-[^\s:#][^:#]*):(?:\s+(?P<rest>.*))?$""")
+_ANCHOR = re.compile(r"&([^\s,\[\]{}]+)\s+(\S.*)$")
 _BEYOND = ("&", "*", "!", "|", ">", "{", "?")
 _WORDS: dict[str, Plain] = {"": None, "null": None, "~": None, "true": True, "false": False}
 
@@ -29,12 +30,14 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     {'lr': 1e-05, 'model': {'layers': 2, 'betas': [0.9, 0.95]}}
 
     Raises:
-        UserError: a line that is no YAML of any kind that is written in configurations.
+        UserError: a line that is no YAML of any kind that is written in configurations, or a key given two values.
     """
     data: dict[str, Any] = {}
     unread: list[str] = []
     stack: list[tuple[int, dict[str, Any], str]] = [(-1, data, "")]  # indentation, mapping, its dotted name
     pending: tuple[int, dict[str, Any], str, str] | None = None  # a key whose value comes on the next lines
+    named: dict[str, str] = {}  # anchor -> the plain value that it stands for
+    lines: dict[tuple[int, str], tuple[int, str]] = {}  # mapping and key -> where it was written, and what
     skipped = -1  # lines that stand further right than this belong to what is not read
     for number, line in enumerate(text.splitlines(), 1):
         body = _without_comment(line)
@@ -64,6 +67,13 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         _, owner, prefix = stack[-1]
         key, rest = found["key"].strip().strip("\"'"), (found["rest"] or "").strip()
         name = f"{prefix}.{key}" if prefix else key
+        before = lines.setdefault((id(owner), key), (number, rest))
+        if before != (number, rest) and (before[1] != rest or not rest):
+            raise UserError(
+                f"'{where}' says {name} twice: line {before[0]} has '{key}: {before[1][:60]}' and line {number} "
+                f"'{key}: {rest[:60]}'; leave one of them out"
+            )
+        rest = _resolved(rest, named)
         if rest.startswith(_BEYOND) and rest != "{}":
             unread.append(name)
             skipped = indent
@@ -73,6 +83,16 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
             owner[key] = None
             pending = indent, owner, key, name
     return data, tuple(unread)
+
+
+def _resolved(rest: str, named: dict[str, str]) -> str:
+    """Return the plain value behind ``&name value`` and ``*name``; anything else as it is."""
+    if found := _ANCHOR.match(rest):
+        if not found[2].startswith(_BEYOND):
+            named[found[1]] = found[2]
+            return found[2]
+        named.pop(found[1], None)
+    return named.get(rest[1:], rest) if rest.startswith("*") else rest
 
 
 def _item(body: str, pending: tuple[int, dict[str, Any], str, str], unread: list[str]) -> int:

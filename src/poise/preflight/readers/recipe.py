@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from poise.preflight.readers.document import Document
 from poise.preflight.readers.draft import Draft, Found, merge
@@ -22,6 +22,16 @@ FORMAT = "recipe"
 LOOKS_FOR = "a poise recipe (TOML with [model], [optim], [train])"
 
 _SECTIONS = frozenset({"model", "data", "optim", "guard", "train"})
+CALLED: Final[Mapping[str, str]] = {
+    **{name: f"model.{name}" for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "tied")},
+    **{name: f"optim.{name}" for name in ("lr", "beta1", "beta2", "eps", "weight_decay")},
+    "methods": "model.methods", "vocab_size": "data.vocab_size", "optimizer": "optim.name", "clip": "optim.clip_norm",
+    "schedule": "optim.schedule.kind", "warmup_steps": "optim.schedule.warmup_steps",
+    "total_steps": "train.steps", "batch_sequences": "train.batch_size",
+    "seq_len": "train.seq_len", "save_every": "train.save_every", "dtype": "train.dtype",
+}  # fmt: skip
+"""Field -> where a recipe says it."""
+
 _OWN_KEYS = frozenset(
     {"n_layers", "d_model", "methods", "batch_size", "micro_batch", "steps", "seq_len", "source", "schedule", "lr"}
 )
@@ -68,7 +78,7 @@ def of_recipe(recipe: Recipe, source: str) -> Settings:
     """Return what a ``Recipe`` will do."""
     from poise.preflight.readers.model import read_spec
 
-    draft = Draft(source, FORMAT)
+    draft = Draft(source, FORMAT, CALLED)
     model = read_spec(recipe.spec(), source)
     for field in dataclasses.fields(Settings):
         value = getattr(model, field.name)

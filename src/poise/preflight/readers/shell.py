@@ -20,6 +20,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _BRACED = re.compile(r"([A-Za-z_]\w*|[0-9@*#])(?:\[[@*]\])?(?:(:?[-=])(.*))?", re.DOTALL)
 _SUM = re.compile(r"[0-9\s+*/%()-]{1,200}")
+_SLURM_NODES = re.compile(r"^#SBATCH\s+(?:--nodes[=\s]|-N\s*)(\d{1,6})\s*(?:#.*)?$", re.MULTILINE)
 _PREFIXES = frozenset({"export", "local", "readonly", "declare", "typeset"})
 _BREAKS = frozenset("\n;&|(){}")
 _ENDS = _BREAKS | frozenset(" \t\r\\'\"`$")
@@ -64,8 +65,16 @@ def command_lines(text: str) -> list[list[str]]:
     >>> command_lines('D=64\\nA=(--lr 1e-3 # note\\n  --hidden-size $((D * 2)))\\nrun "${A[@]}"')[0]
     ['run', '--lr', '1e-3', '--hidden-size', '128']
     """
+    return script(text)[0]
+
+
+def script(text: str) -> tuple[list[list[str]], dict[str, str]]:
+    """Return the words of every command and value, as ``command_lines`` does, and the values by variable."""
     shell = _Shell()
-    return [*shell.run(text), *(value.split() for value in shell.variables.values())]
+    if nodes := _SLURM_NODES.search(text):
+        shell.variables |= dict.fromkeys(("SLURM_NNODES", "SLURM_JOB_NUM_NODES"), nodes[1])
+    lines = list(shell.run(text))
+    return [*lines, *(_parted(value) for value in shell.variables.values())], dict(shell.variables)
 
 
 class _Shell:
@@ -171,7 +180,8 @@ class _Shell:
         """Return the words that a word becomes; what holds a whole command line is taken apart as well."""
         text = self._expand(word)
         quoted = any(quote for quote, _ in word.pieces)
-        return [text] if quoted and text and " --" not in text else text.split()
+        words = _parted(text)
+        return [text] if quoted and text and not any(part.startswith("--") for part in words[1:]) else words
 
     def _expand(self, word: _Word) -> str:
         return "".join(text if quote == "'" else self._values(text) for quote, text in word.pieces)[: 2 * MAX_VALUE]
@@ -230,14 +240,37 @@ def _computed(node: ast.expr) -> int:
     raise ValueError("no arithmetic of whole numbers")
 
 
-def _closing(text: str, start: int, opening: str, closing: str) -> int:
-    """Return the position behind the bracket that closes the one at ``start``."""
-    depth = 0
+def _closing(text: str, start: int, opening: str, closing: str, quotes: bool = True) -> int:
+    """Return the position behind the bracket that closes the one at ``start``; quoted ones do not count."""
+    depth, quote = 0, ""
     for i in range(start, len(text)):
-        depth += (text[i] == opening) - (text[i] == closing)
+        char = text[i]
+        if quote or (quotes and char in "\"'" and text[i - 1] != "\\"):
+            quote = "" if char == quote else quote or char
+            continue
+        depth += (char == opening) - (char == closing)
         if depth == 0:
             return i + 1
-    return len(text)
+    return _closing(text, start, opening, closing, False) if quotes else len(text)  # an apostrophe is no quote
+
+
+def _parted(text: str) -> list[str]:
+    """Cut text into words; what a command would write, ``$(cat x)``, is one word, as it may be any."""
+    words: list[str] = []
+    word, at = "", 0
+    while at < len(text):
+        end = at + 1
+        if text.startswith("$(", at):
+            end = _closing(text, at + 1, "(", ")")
+        elif text[at].isspace():
+            words.append(word)
+            word, at = "", end
+            continue
+        else:
+            while end < len(text) and text[end] != "$" and not text[end].isspace():
+                end += 1
+        word, at = word + text[at:end], end
+    return [one for one in (*words, word) if one]
 
 
 def _statements(text: str) -> Iterator[list[_Word]]:

@@ -47,6 +47,18 @@ _QUIET = frozenset(
 )  # fmt: skip
 
 
+CALLED: Final[Mapping[str, str]] = {
+    "optimizer": "[optimizer] name", "lr": "[optimizer] lr", "beta1": "[optimizer] beta1",
+    "beta2": "[optimizer] beta2", "eps": "[optimizer] eps", "weight_decay": "[optimizer] weight_decay",
+    "schedule": "[lr_scheduler] decay_type",
+    "warmup_steps": "[lr_scheduler] warmup_steps", "total_steps": "[training] steps", "clip": "[training] max_norm",
+    "batch_sequences": "[training] global_batch_size", "seq_len": "[training] seq_len",
+    "dtype": "[training] mixed_precision_param", "master_weights": "[training] dtype",
+    "state_dtype": "[training] dtype", "save_every": "[checkpoint] interval",
+}  # fmt: skip
+"""Field -> torchtitan's name for it; the model's fields follow from its flavor."""
+
+
 def sniff(document: Document) -> float:
     """Return how sure it is that this is a file of torchtitan's."""
     data = document.data
@@ -78,7 +90,7 @@ def _read(document: Document) -> Settings:
             f"'{document.name}' is a Python configuration of torchtitan, which is not run; give the older TOML form, "
             "or the log of a run whose arguments are printed"
         )
-    draft = Draft(document.name, FORMAT)
+    draft = Draft(document.name, FORMAT, CALLED)
     sections = {name: _section(document, name) for name in _SECTIONS}
     _model(sections["model"], draft)
     _optimizer(sections["optimizer"], sections["lr_scheduler"], draft)
@@ -86,12 +98,18 @@ def _read(document: Document) -> Settings:
     _lengths(sections["training"], sections["lr_scheduler"], draft)
     checkpoint = sections["checkpoint"]
     enabled = checkpoint.flag("enable", "enable_checkpoint")
-    if enabled is not None and not enabled.value:
+    if enabled is not None and enabled.value is None:
+        draft.unknown("save_every")
+    elif enabled is not None and not enabled.value:
         draft.put("save_every", Found(0, enabled.said))
     elif enabled is not None:
         draft.put("save_every", checkpoint.whole("interval"))
         draft.default("save_every", 500, OF)
-    rest = [f"{name}.{key}" for name, keys in sections.items() for key in keys.unread()]
+    rest: list[str] = []
+    for name, keys in sections.items():
+        hints, others = keys.misspelt(keys.unread())
+        draft.notes.extend([*keys.notes(), *hints])
+        rest.extend(f"{name}.{key}" for key in others)
     rest += [name for name in document.data if name not in {*_SECTIONS, *_QUIET, "float8", "quantize", "mx"}]
     draft.notes.extend(not_read(rest))
     return draft.settings()
@@ -101,7 +119,9 @@ def _section(document: Document, name: str) -> Keys:
     data = document.data.get(name, {})
     if not isinstance(data, Mapping):
         raise UserError(f"'{document.name}': '{name}' is {str(data)[:60]!r}; make it a section, [{name}]")
-    return Keys(data, document.name, lambda key, value: f"[{name}] {key} = {_toml(value)}")
+    return Keys(
+        data, document.name, lambda key, value: f"[{name}] {key} = {_toml(value)}", lambda key: f"[{name}] {key}"
+    )
 
 
 def _toml(value: Any) -> str:
@@ -110,6 +130,8 @@ def _toml(value: Any) -> str:
 
 def _model(keys: Keys, draft: Draft) -> None:
     name, flavor = keys.word("name"), keys.find("flavor")
+    if keys.is_unclear("name") or keys.is_unclear("flavor"):
+        return  # a shape that nobody knows
     family = name.value if name else "llama3"
     keys.find("tokenizer_path", "hf_assets_path", "norm_type")
     which = str(flavor[1]) if flavor else "debugmodel"
@@ -129,6 +151,11 @@ def _model(keys: Keys, draft: Draft) -> None:
             ("embed_norm", False), ("attn_soft_cap", 0.0), ("logit_soft_cap", 0.0), ("n_experts", 0), ("dropout", 0.0),
         ):  # fmt: skip
             draft.put(field, Found(known, said))
+        if shape[-1]:
+            # weights are tied before the start is drawn, and the output's, 1/sqrt(width), is drawn last
+            draft.put(
+                "embed_std", Found(shape[1] ** -0.5, f"{said}: tied, so it starts as the output does, width**-0.5")
+            )
     converters = keys.find("converters")
     if converters and isinstance(converters[1], list) and any("float8" in str(one) for one in converters[1]):
         draft.put("dtype", Found("fp8", keys.form(*converters)))
@@ -149,14 +176,19 @@ def _optimizer(keys: Keys, schedule: Keys, draft: Draft) -> None:
     ):  # fmt: skip
         draft.default(name, value, OF)
     kind, ratio = schedule.word("decay_type", "lr_decay_type"), schedule.number("decay_ratio", low=0, high=1)
-    if ratio is not None and ratio.value < 1:
+    if ratio is not None and ratio.value is None:
+        draft.unknown("schedule")
+    elif ratio is not None and ratio.value < 1:
         draft.put("schedule", Found("wsd", ratio.said))
     elif kind is not None:
         draft.put("schedule", kind)
     draft.default("schedule", "linear", OF)
     least = schedule.number("min_lr_factor", "lr_min", low=0, high=1)
-    share = least.value if least else 0.0
-    draft.put("min_lr", Found(share * draft.get("lr"), least.said if least else f"default of {OF}"))
+    if draft.get("lr") is None:
+        draft.unknown("min_lr")
+    elif least is not None:
+        draft.put("min_lr", least.then(lambda share: share * draft.get("lr"))._replace(key=""))
+    draft.default("min_lr", 0.0, OF)
 
 
 def _training(keys: Keys, parallelism: Keys, draft: Draft) -> None:
@@ -166,14 +198,15 @@ def _training(keys: Keys, parallelism: Keys, draft: Draft) -> None:
     for name, value in (("seq_len", 2048), ("clip", 1.0), ("master_weights", True)):
         draft.default(name, value, OF)
     weights = keys.word("dtype")
-    if weights is not None and weights.value == "bfloat16":
+    if weights is not None and weights.value is None:
+        draft.unknown("master_weights", "state_dtype")
+    elif weights is not None and weights.value == "bfloat16":
         draft.put("master_weights", Found(False, weights.said))
         draft.put("state_dtype", Found("bf16", weights.said))
     draft.default("state_dtype", "fp32", OF)
     if "dtype" not in draft.values:
         param = keys.word("mixed_precision_param")
-        short = {"bfloat16": "bf16", "float32": "fp32"}.get(param.value) if param else None
-        draft.put("dtype", Found(short, param.said) if param and short else None)
+        draft.put("dtype", param.then({"bfloat16": "bf16", "float32": "fp32"}.get) if param else None)
         draft.default("dtype", "bf16", OF)
     _batch(keys, parallelism, draft)
 
@@ -187,16 +220,18 @@ def _batch(keys: Keys, parallelism: Keys, draft: Draft) -> None:
     ]
     degrees.append(parallelism.whole("context_parallel_degree", low=-1))
     shard = degrees[1]
-    if shard is not None and shard.value > 0:
-        ranks = shard.value * max(degrees[0].value if degrees[0] else 1, 1)
-        others = [degree.value for degree in degrees[2:] if degree is not None and degree.value > 0]
-        total = ranks
-        for other in others:
-            total *= other
-        draft.put("devices", Found(total, f"{shard.said} times the other degrees of [parallelism]"))
-    else:
-        ranks = 0
-    if whole is not None and whole.value > 0:
+    known = all(degree is None or degree.value is not None for degree in degrees)
+    ranks = 0
+    if known and shard is not None and shard.value > 0:
+        ranks = total = shard.value * max(degrees[0].value if degrees[0] else 1, 1)
+        for degree in degrees[2:]:
+            total *= max(degree.value, 1) if degree is not None else 1
+        draft.put("devices", Found(total, f"{shard.said} times the other degrees of [parallelism], {total} ranks"))
+    if (whole is not None and whole.value is None) or (
+        local is not None and local.value is None and not (whole and whole.value > 0)
+    ):
+        draft.unknown("batch_sequences")
+    elif whole is not None and whole.value > 0:
         draft.put("batch_sequences", whole)
     elif ranks:
         each = local or Found(8, f"default of {OF}: 8 sequences a rank")

@@ -108,7 +108,9 @@ def _router(s: Settings) -> Verdict | None:
     if not s.n_experts or s.router_z_loss:
         return None
     return Verdict(
-        "note", f"{says(s, 'n_experts', 'router_z_loss')}", f"{put(s, 'router_z_loss', '1e-3')}, or watch the router's logits"
+        "note",
+        f"{says(s, 'n_experts', 'router_z_loss')}",
+        f"{put(s, 'router_z_loss', '1e-3')}, or watch the router's logits",
     )
 
 

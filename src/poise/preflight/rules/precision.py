@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Final
 
-from poise.preflight.rules.base import Rule, Verdict, dense_size, is_adam, rule, says, short
+from poise.preflight.rules.base import Rule, Verdict, dense_size, is_adam, put, rule, says, short
 from poise.preflight.settings import Settings
 
 _CHRONICLES: Final = "BigScience tr8-104B chronicles (bigscience-workshop/bigscience)"
@@ -86,7 +86,7 @@ def _states(s: Settings) -> Verdict | None:
     return Verdict(
         "critical" if share > 0.5 else "warning",
         f"{says(s, 'state_dtype', 'beta2')}: beta2 times a bf16 number rounds back to it for {share:.0%} of numbers",
-        "keep the moments in fp32, round them stochastically, or beta2 = 0.95",
+        f"keep the moments in fp32, round them stochastically, or {put(s, 'beta2', 0.95)}",
         also=("optimizer",),
     )
 

@@ -61,10 +61,7 @@ def fitting_interval(s: Settings) -> int | None:
         if (ends := estimated_seconds(s)) is None:
             return None
         seconds = math.sqrt(ends[0] * ends[1])
-    steps = best_interval(3600 * mttf_hours(s.devices)) / seconds
-    if s.step_seconds is None:
-        steps = min(steps, 1.4 * best_interval(3600 * mttf_hours(s.devices)) / ends[0])
-    return max(1, round(min(steps, 1e15)))
+    return max(1, round(min(best_interval(3600 * mttf_hours(s.devices)) / seconds, 1e15)))
 
 
 def _interval(s: Settings) -> Verdict | None:
@@ -99,13 +96,14 @@ def _interval_estimated(s: Settings) -> Verdict | None:
     failures = s.total_steps * ends[0] / mttf if s.total_steps else None
     if lost < 0.05 or shortest <= WORTH * best_interval(mttf) or (failures is not None and failures < 0.5):
         return None
+    size, tokens = short(dense_size(s) or 0), short(s.batch_tokens or 0)
     return Verdict(
         "warning",
-        f"{says(s, 'save_every', 'devices')}: {shortest / 60:.3g} minutes or more between checkpoints, an interruption "
-        f"expected every {mttf / 3600:.3g} hours; {min(lost, 1.0):.1%} of the time is lost, or more",
+        f"{says(s, 'save_every', 'devices')}: {shortest / 60:.3g} minutes or more between checkpoints, an "
+        f"interruption expected every {mttf / 3600:.3g} hours; {min(lost, 1.0):.1%} of the time is lost, or more",
         f"{put(s, 'save_every', fitting_interval(s) or 1)}, or say the time of a step",
-        f"The time of a step is not said; {ends[0]:.2g} to {ends[1]:.2g} s are assumed: 6 x {short(dense_size(s) or 0)} "
-        f"weights x {short(s.batch_tokens or 0)} tokens at {FLOPS[1]:g} to {FLOPS[0]:g} operations a second and device, "
+        f"The time of a step is not said; {ends[0]:.2g} to {ends[1]:.2g} s are assumed: 6 x {size} "
+        f"weights x {tokens} tokens, at {FLOPS[1]:g} to {FLOPS[0]:g} operations a second and device, "
         "and this is the shorter end. Half an interval is lost at every failure.",
         also=("total_steps", "params"),
     )

@@ -24,7 +24,6 @@ from poise.preflight.rules.base import (
 from poise.preflight.rules.optimizer import LARGE_BATCH
 from poise.preflight.settings import Settings
 
-
 CARRIED: Final = 5.0
 """Multiple of the usual rate that QK-norm and z-loss are known to carry: 6e-4 (OLMo 2, 3) and 7e-4 (Marin) at 32B."""
 
@@ -222,8 +221,8 @@ RULES: Final[tuple[Rule, ...]] = (
         ("optimizer", "lr"),
         _too_low,
         source="arithmetic: Adam's steps are about as large as the learning rate; published peak rates lie above 1e-5",
-        why="A weight of 0.02 that moves by 1e-7 a step takes 200,000 steps in one direction to double: the loss hardly "
-        "falls, and a digit of the exponent is most likely wrong.",
+        why="A weight of 0.02 that moves by 1e-7 a step takes 200,000 steps in one direction to double: the loss "
+        "hardly falls, and a digit of the exponent is most likely wrong.",
     ),
     rule(
         "warmup",
