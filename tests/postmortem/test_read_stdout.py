@@ -466,3 +466,36 @@ def test_a_dump_of_arguments_is_no_step(tmp_path: Path) -> None:
     dump = "Namespace(lr=0.5, loss_scale=None, max_steps=100, step=0, loss='cross_entropy')\n"
     log = read(tmp_path, dump + "".join(f"step {i} loss {x} lr 3e-4\n" for i, x in enumerate(LOSSES)))
     assert set(points(log, "lr").values()) == {3e-4}
+
+
+def test_lines_written_alike_are_read_as_if_taken_apart(tmp_path: Path) -> None:
+    """Enough lines for patterns to be made of them; some differ in their blanks, words, signs or digits."""
+    forms = (
+        "12:00:{s:02d},123 step {i} | loss {x:.4f} | lr {y:.2e} | gnorm {z}\n",
+        "12:00:{s:02d},123 step {i}/999 | loss {x:8.3f} | lr -{y} | gnorm {z:.0f}\n",
+        "step {i:>6} A100 | loss {x:e} lr {y:.6f} gnorm nan\n",
+        "step {i} [eval.py:{s}] loss {x:.1f}\n",
+    )
+    rows = [(i, 9 - i / 100, 1e-3 / (1 + i), i % 7 / 2) for i in range(400)]
+    lines = [forms[i // 50 % 3].format(i=i, s=i % 60, x=x, y=y, z=z) for i, x, y, z in rows]
+    log = read(tmp_path, "".join(lines))
+    meaning = stdout.Meanings()
+    apart = [stdout.take_apart(line.strip(), meaning).row for line in lines]
+    for name, raw in (("loss", "loss"), ("lr", "lr"), ("grad_norm", "gnorm")):
+        assert list(points(log, name)) == list(range(400))
+        assert list(points(log, name).values()) == pytest.approx([row[raw] for row in apart], nan_ok=True, rel=0, abs=0)
+
+
+def test_ranks_are_only_those_that_tell_of_the_same_steps(tmp_path: Path) -> None:
+    text = "".join(f"{i // 10}: step {i} loss {x}\n" for i, x in enumerate(LOSSES))
+    assert points(read(tmp_path, text), "loss") == TRUE
+
+
+def test_steps_that_start_anew_without_an_epoch(tmp_path: Path) -> None:
+    log = read(tmp_path, "".join(f"batch {i % 6 + 1}/6 - loss: {x}\n" for i, x in enumerate(LOSSES)))
+    assert points(log, "loss") == {i + 1: x for i, x in enumerate(LOSSES)}
+
+
+def test_losses_above_their_step_in_a_log_that_is_not_at_its_end(tmp_path: Path) -> None:
+    text = "".join(f"Loss: {x}\nStep {i} done\n" for i, x in enumerate(LOSSES)) + "Loss: 1.0\n"
+    assert points(read(tmp_path, text), "loss") == TRUE
