@@ -119,9 +119,7 @@ def test_real_loss_file_is_a_table() -> None:
 
 
 def test_one_of_several_ranks_counts(tmp_path: Path) -> None:
-    text = "".join(
-        line(s, 9.0 - s / 10 + r, f"[rank{r}]:") for s in range(1, 20) for r in (2, 0, 1)
-    )
+    text = "".join(line(s, 9.0 - s / 10 + r, f"[rank{r}]:") for s in range(1, 20) for r in (2, 0, 1))
     assert "[rank2]:" in text
     log = read(tmp_path, text)
     assert points(log, "loss") == pytest.approx({s: 9.0 - s / 10 for s in range(1, 20)}, abs=1e-3)

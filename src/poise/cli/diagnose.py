@@ -65,7 +65,7 @@ def _diagnose(arguments: argparse.Namespace) -> tuple[list[Diagnosis], list[Comp
     from poise.postmortem.log import read_log
 
     for path in arguments.logs:
-        if not Path(path).exists():
+        if path != "-" and not Path(path).exists():
             read_log(path)  # its message, before any other log has been worked on
     diagnoses = []
     for path in arguments.logs:

@@ -57,7 +57,7 @@ def main(words: Sequence[str]) -> int:
     from poise.postmortem.replay import replay
 
     for path in arguments.logs:
-        if not Path(path).exists():
+        if path != "-" and not Path(path).exists():
             read_log(path)  # its message, before any other log has been worked on
     names = _names(arguments.logs)
     for path in arguments.logs:

@@ -119,6 +119,8 @@ def trace_name(path: Path) -> str:
     """
     if path.is_dir():
         return path.resolve().name or str(path)
+    if str(path) == "-" or str(path).startswith(("/dev/fd/", "/proc/self/fd/", "/dev/stdin")):
+        return "stdin"
     if path.name == "journal.jsonl" and path.resolve().parent.name:
         return path.resolve().parent.name
     name = re.sub(r"\.(gz|bz2|xz)$", "", path.name)

@@ -269,9 +269,7 @@ def _together(
 ) -> None:
     ill = sum(d.health not in ("healthy", "unknown") for d in diagnoses)
     fine = "None has events that need a look."
-    page.paragraph(
-        f"{ill} of {len(diagnoses)} logs have events that need a look." if ill else fine, "verdict"
-    )
+    page.paragraph(f"{ill} of {len(diagnoses)} logs have events that need a look." if ill else fine, "verdict")
     units = {d.log.step_unit for d in diagnoses}
     if len(units) > 1:
         page.paragraph(f"The logs count different things: {', '.join(sorted(units))}.", "warning")
