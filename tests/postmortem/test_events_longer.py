@@ -158,3 +158,9 @@ def test_a_rise_that_only_means_show() -> None:
         loss[3000:] *= 1.0 + np.exp(-np.arange(3000) / 30)
         hits += any(e.start <= 3090 and e.end >= 3000 for e in found(steps, loss))
     assert hits >= 4
+
+
+def test_a_run_that_learned_something_and_ended_is_no_plateau() -> None:
+    steps = np.arange(1, 2001)
+    assert found(steps, (5.0 + 3.0 * np.exp(-steps / 50)) * noise(0.01, 2000)) == []
+    assert [e.kind for e in found(steps, (7.0 + 3.0 * np.exp(-steps / 50)) * noise(0.01, 2000))] == ["plateau"]
