@@ -90,15 +90,14 @@ def field(number: int, kind: int, payload: bytes) -> bytes:
 
 def event_file() -> bytes:
     """Return a TensorBoard event file."""
-    out = b""
+    events = [field(1, 1, struct.pack("<d", 1.7e9)) + field(3, 2, b"brain.Event:2")]
     for step, loss, norm, _ in curve():
         for tag, value in (("train/loss", loss), ("grad_norm", norm)):
             one = field(1, 2, tag.encode()) + field(2, 5, struct.pack("<f", value))
-            event = field(1, 1, struct.pack("<d", 1.7e9 + step)) + field(2, 0, protobuf_varint(step))
-            event += field(5, 2, field(1, 2, one))
-            length = struct.pack("<Q", len(event))
-            out += length + masked_crc(length) + event + masked_crc(event)
-    return out
+            when = field(1, 1, struct.pack("<d", 1.7e9 + step)) + field(2, 0, protobuf_varint(step))
+            events.append(when + field(5, 2, field(1, 2, one)))
+    lengths = [struct.pack("<Q", len(event)) for event in events]
+    return b"".join(n + masked_crc(n) + e + masked_crc(e) for n, e in zip(lengths, events, strict=True))
 
 
 def wandb_file() -> bytes:

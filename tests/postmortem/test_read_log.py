@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
@@ -592,3 +593,18 @@ def test_restarts_are_the_steps_after_a_seam(tmp_path: Path) -> None:
     assert read_log(path).restarts == (6,)
     path.write_text("step,loss\n" + "".join(f"{s},2.0\n" for s in range(20, 0, -1)))
     assert read_log(path).restarts == ()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"type": "step", "time": 1, "step": 1, "loss": 2.0, "grad_norm": 1, "lr": 1, "tokens": 1}\n{"": 1, "time": 2}\n',
+        b'{"": 1}\n{"step": 1, "loss": 2.0}\n',
+        b'\x18\x00\x00\x00\x00\x00\x00\x00\xa3\x7fK"',  # an event file's first length with its checksum, and nothing else
+    ],
+)
+def test_inputs_that_once_broke_it(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        read_log(path)

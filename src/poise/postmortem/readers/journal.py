@@ -54,7 +54,10 @@ def read(source: Source) -> Iterator[Item]:
 
 def is_record(record: dict[str, Any]) -> bool:
     """Return whether this is a record of a known type with a step where one is needed."""
-    fields = FIELDS.get(record["type"], ("",)) if isinstance(record.get("type"), str) else ("",)
+    kind = record.get("type")
+    if not isinstance(kind, str) or kind not in FIELDS:
+        return False
+    fields = FIELDS[kind]
     whole = ("step", "to")
     return all(name in record and (name not in whole or isinstance(record[name], int)) for name in fields)
 

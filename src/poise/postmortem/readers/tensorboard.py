@@ -69,7 +69,7 @@ def sniff(source: Source) -> float:
     versioned = b"\x1a\rbrain.Event:" in head and b"\0" in head
     if versioned:
         return 1.0 if whole else 0.9
-    return 0.5 if whole and head[tfrecord.HEAD] in (0x09, 0x10, 0x1A, 0x2A) else 0.0
+    return 0.5 if whole and len(head) > tfrecord.HEAD and head[tfrecord.HEAD] in (0x09, 0x10, 0x1A, 0x2A) else 0.0
 
 
 def read(source: Source) -> Iterator[Item]:
