@@ -598,9 +598,10 @@ def test_restarts_are_the_steps_after_a_seam(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        b'{"type": "step", "time": 1, "step": 1, "loss": 2.0, "grad_norm": 1, "lr": 1, "tokens": 1}\n{"": 1, "time": 2}\n',
+        b'{"type": "step", "time": 1, "step": 1, "loss": 2, "grad_norm": 1, "lr": 1, "tokens": 1}\n'
+        b'{"": 1, "time": 2}\n',
         b'{"": 1}\n{"step": 1, "loss": 2.0}\n',
-        b'\x18\x00\x00\x00\x00\x00\x00\x00\xa3\x7fK"',  # an event file's first length with its checksum, and nothing else
+        b'\x18\x00\x00\x00\x00\x00\x00\x00\xa3\x7fK"',  # an event file's first length, and no more
     ],
 )
 def test_inputs_that_once_broke_it(tmp_path: Path, content: bytes) -> None:
