@@ -73,6 +73,21 @@ def test_record_lows_of_noise_are_no_level(seed: int) -> None:
     assert found(steps, 2.0 * noise(0.03, 10_000, seed)) == []
 
 
+@pytest.mark.parametrize("floor", [0.02, 0.05])
+def test_a_loss_that_has_sunk_into_its_noise_is_healthy(floor: float) -> None:
+    steps = np.arange(1, 1001)
+    for seed in range(3):
+        additive = 0.03 * np.random.default_rng(seed).normal(size=1000)
+        assert found(steps, np.maximum(floor + 0.7 * np.exp(-steps / 150) + additive, 1e-3)) == []
+
+
+def test_the_points_before_a_step_down_are_no_spike() -> None:
+    steps = np.arange(1, 901)
+    stairs = np.array([1.3, 0.9, 0.5])[(steps - 1) // 300]
+    hits = sum(bool(found(steps, stairs * noise(0.06, 900, seed))) for seed in range(8))
+    assert hits <= 1
+
+
 # -- what is ------------------------------------------------------------------------------------------
 
 

@@ -179,9 +179,17 @@ def test_read_log_says_the_unit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("column", "unit"), [("consumed_samples", "samples"), ("tokens_seen", "tokens")])
 def test_samples_or_tokens_order_the_rows(tmp_path: Path, column: str, unit: str) -> None:
-    log = read(tmp_path, f"{column},loss\n1024,3\n2048,2.5\n3072,2\n")
-    assert values(log) == {1024: 3, 2048: 2.5, 3072: 2}
+    log = read(tmp_path, f"{column},loss\n1024,3\n2048,2.5\n3100,2\n")
+    assert values(log) == {1024: 3, 2048: 2.5, 3100: 2}
     assert log.step_unit == unit and any(f"'{column}' orders the rows" in note for note in log.notes)
+
+
+@pytest.mark.parametrize(("column", "unit"), [("consumed_samples", "samples"), ("tokens_seen", "tokens")])
+def test_equal_counts_of_samples_or_tokens_are_steps(tmp_path: Path, column: str, unit: str) -> None:
+    log = read(tmp_path, f"{column},loss\n1024,3\n2048,2.5\n4096,2\n5120,1.5\n6144,1\n")
+    assert values(log) == {1: 3, 2: 2.5, 4: 2, 5: 1.5, 6: 1}
+    assert log.step_unit == "steps" and any(f"counted from the {unit}: 1,024" in note for note in log.notes)
+    assert log.series[unit][1].tolist() == [1024, 2048, 4096, 5120, 6144]
 
 
 @pytest.mark.parametrize("tokens", [[512, 512, 512], [900, 300, 500], [1.5, 2.5, 3.5]])

@@ -609,3 +609,19 @@ def test_inputs_that_once_broke_it(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with contextlib.suppress(UserError):
         read_log(path)
+
+
+def test_rows_in_another_order_are_sorted(tmp_path: Path) -> None:
+    order = np.random.default_rng(0).permutation(np.arange(1, 301))
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss\n" + "".join(f"{s},{2.0 + s / 1000}\n" for s in order))
+    log = read_log(path)
+    assert log.series["loss"][0].tolist() == list(range(1, 301)) and log.restarts == ()
+    assert said(log, "not in the order of their steps")
+
+
+def test_a_table_below_a_long_preamble(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    rows = "".join(f"{s},{2.0 + s / 1000}\n" for s in range(1, 61))
+    path.write_text("# comment, unit, building\n" * 3000 + "step,loss\n" + rows)
+    assert len(read_log(path).series["loss"][0]) == 60

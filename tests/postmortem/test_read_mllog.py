@@ -107,8 +107,8 @@ def test_evaluations_of_older_logs_count_tokens(tmp_path: Path) -> None:
 
 
 def test_samples_that_no_batch_divides_order_the_rows(tmp_path: Path) -> None:
-    log = read(tmp_path, opening(8) + "".join(stats(430 * i + 3, 3.0 - i / 10) for i in range(1, 6)))
-    assert list(values(log)) == [430 * i + 3 for i in range(1, 6)] and log.step_unit == "samples"
+    log = read(tmp_path, opening(8) + "".join(stats(430 * i + i * i, 3.0 - i / 10) for i in range(1, 6)))
+    assert list(values(log)) == [430 * i + i * i for i in range(1, 6)] and log.step_unit == "samples"
 
 
 def test_accuracy_of_other_benchmarks_is_no_loss(tmp_path: Path) -> None:

@@ -24,6 +24,12 @@ NEAR = 10
 """Rows before, whose steps say how far apart rows are."""
 
 
+def out_of_order(steps: Ints) -> bool:
+    """Return whether rows only stand in another order: each step once, and many steps back all along."""
+    falls = int((np.diff(steps) < 0).sum())
+    return falls >= max(5, len(steps) // 50) and falls < len(steps) - 1 and len(np.unique(steps)) == len(steps)
+
+
 def stray(steps: Ints, said: Sequence[int] = ()) -> Mask:
     """Return which rows step back and are no rewind: fewer than ``FEWEST_ROWS`` rise from there.
 

@@ -165,7 +165,9 @@ class Columns:
         self._add_nulls(loss, steps)
         gone = np.empty(0, dtype=np.int64)
         rewinds = np.empty(0), gone
-        if self._marks or self._restarted or (loss in self._columns and _falls(self._columns[loss].at(steps))):
+        if loss in self._columns and not self._marks and branches.out_of_order(self._columns[loss].at(steps)):
+            self._notes.add("the rows are not in the order of their steps; sorted")
+        elif self._marks or self._restarted or (loss in self._columns and _falls(self._columns[loss].at(steps))):
             loss_rows = self._columns[loss].numbers() if loss in self._columns else gone
             seams = np.searchsorted(loss_rows, [*self._restarted, *(math.ceil(at) for at, _ in self._marks)])
             stray = branches.stray(steps[loss_rows], seams.tolist())
@@ -188,7 +190,7 @@ class Columns:
                 shared[key] = counting(column, steps, gone, rewinds)
             kept, at, repeated = shared[key]
             if name == LOSS and repeated:
-                self._notes.add(f"{repeated} steps have more than one loss; the last of each counts")
+                self._notes.add(f"more than one loss at {repeated} of the steps; the last of each counts")
             if len(at):
                 out[name] = at, values if kept is None else values[kept]
         return self._logarithms(out)

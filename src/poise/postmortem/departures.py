@@ -61,6 +61,9 @@ FEWEST: Final = 16
 TRANSIENT: Final = math.log(2.0)
 """A loss beyond twice that of knowing nothing is no harmless transient."""
 
+LOUDEST: Final = 0.03
+"""Noise of the short median up to which it raises the bar where it is: what is louder may be the trouble itself."""
+
 CALM, CALMEST = 0.2, 0.75
 """Share of a log that is taken to be calm at least, and how calm that share looks in a log that is calm throughout."""
 
@@ -157,7 +160,7 @@ def _next(trend: Trend, blocked: Bools, lead: int) -> Event | None:
     noise = _noise(trend, short, lead, half)
     best = np.full(n, math.inf)
     best[lead:] = np.minimum.accumulate(np.where(blocked[lead:], math.inf, short[lead:]))
-    bar = max(ABOVE, NOISES * noise)
+    bar = np.maximum(ABOVE, NOISES * np.maximum(noise, np.minimum(_local(trend, short, lead, half), LOUDEST)))
     above = np.zeros(n)
     known = np.isfinite(best)
     above[known] = short[known] - best[known] - RECORD * noise
@@ -233,6 +236,16 @@ def _noise(trend: Trend, short: Floats, lead: int, half: int) -> float:
     away = np.abs(part - running_median(trend.x[lead:], 10 * half))
     blocks = away[: len(away) // (5 * half) * 5 * half].reshape(-1, 5 * half)
     return MAD_TO_SIGMA / CALMEST * float(np.quantile(np.median(blocks, axis=1), CALM))  # what is chaotic is no measure
+
+
+def _local(trend: Trend, short: Floats, lead: int, half: int) -> Floats:
+    """Return how far the short median strays from a long one nearby, robustly, (N,)."""
+    out = np.zeros(len(short))
+    part = short[lead:]
+    if len(part) >= 20 * half:
+        away = np.abs(part - running_median(trend.x[lead:], 10 * half))
+        out[lead:] = MAD_TO_SIGMA * running_median(away, 15 * half)
+    return out
 
 
 def _joined(trend: Trend, off: Bools) -> Bools:

@@ -40,6 +40,9 @@ FEWEST: Final = 8
 NOT_POSITIVE: Final = 0.05
 """Share of losses that are zero or negative above which the logarithm is no scale for them."""
 
+NOISE_LEFT: Final = 0.08
+"""Noise, as a share of the loss, that is much where the loss is lowest."""
+
 CLOSE: Final = 50
 """Steps between two readings of one event of a gradient norm, or between two non-finite stretches."""
 
@@ -85,11 +88,12 @@ def _of_loss(steps: Ints, values: Floats, unit: str = "") -> list[Event]:
         return found + _fell_to_zero(steps, values)  # its logarithm says nothing
     trend = fit(steps[good], values[good])
     blocked = np.zeros(len(trend.x), dtype=bool)
-    for event in [*collapses(trend)]:
+    sound = not _within_noise(trend)
+    for event in collapses(trend) if sound else []:
         found.append(event)
         if event.kind == "collapse":
             _block(trend, blocked, event)
-    for event in departures(trend, blocked):
+    for event in departures(trend, blocked) if sound else []:
         if event.kind == "chaotic":
             found = [other for other in found if other.kind != "collapse" or not _near(other, event)]
         found.append(event)
@@ -105,12 +109,20 @@ def _of_loss(steps: Ints, values: Floats, unit: str = "") -> list[Event]:
         found.append(event)
         if event.kind != "data_outlier":
             _block(trend, blocked, event)
-    for event in shifts(trend, blocked):
+    for event in shifts(trend, blocked) if sound else []:
         found.append(event)
         _block(trend, blocked, event)
     if not any(event.kind in ("chaotic", "slow_divergence") for event in found):
         found += plateaus(trend, unit)
     return found
+
+
+def _within_noise(trend: Trend) -> bool:
+    """Whether the loss has fallen so far that its noise, which stays, is a large part of it: levels say little then."""
+    low, high = np.quantile(trend.level, [1 / 3, 0.9])
+    beneath, above = trend.level <= low, trend.level >= high
+    noise = float(np.median(trend.sigma[beneath]))
+    return high - low > math.log(1.5) and noise > NOISE_LEFT and noise > 2.5 * float(np.median(trend.sigma[above]))
 
 
 def _fell_to_zero(steps: Ints, values: Floats) -> list[Event]:

@@ -26,11 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from poise.core.errors import UserError
 from poise.postmortem import units
 from poise.postmortem.columns import Columns, Series
 from poise.postmortem.folders import members
 from poise.postmortem.readers import READERS
+from poise.postmortem.readers.names import GRAD_NORM, LOSS, SAMPLES, TOKENS, VAL_LOSS
 from poise.postmortem.readers.source import Source, is_pipe
 
 GENERAL = 4
@@ -97,7 +100,7 @@ def _read(path: Path, step_column: str | None, loss_column: str | None) -> Log:
     reader = _reader(source)
     columns = Columns(source.notes, str(file), loss_column)
     columns.fill(reader.read(source), step_column)
-    series = columns.series()
+    series, unit = _in_steps(columns.series(), units.step_unit(columns.step_column), source)
     return Log(
         file,
         trace_name(path),
@@ -107,8 +110,26 @@ def _read(path: Path, step_column: str | None, loss_column: str | None) -> Log:
         restarts=columns.restarts,
         settings=dict(source.settings),
         loss_unit=units.loss_unit(columns.names, series, source.settings),
-        step_unit=units.step_unit(columns.step_column),
+        step_unit=unit,
     )
+
+
+def _in_steps(series: Series, unit: str, source: Source) -> tuple[Series, str]:
+    """Return a log whose rows are counted in tokens or samples with its steps, where they are all equally long."""
+    main = next((name for name in (LOSS, VAL_LOSS, GRAD_NORM) if name in series), None)
+    if unit not in (TOKENS, SAMPLES) or main is None or len(series[main][0]) < 3:
+        return series, unit
+    gaps = np.diff(series[main][0])
+    size = int(np.median(gaps))
+    if size < 2 or not np.isin(gaps, size * np.arange(1, 50)).mean() > 0.95:
+        return series, unit
+    source.notes.add(f"steps are counted from the {unit}: {size:,} in each")
+    out = {name: (np.rint(at / size).astype(np.int64), values) for name, (at, values) in series.items()}
+    if any((np.diff(at) <= 0).any() for at, _ in out.values()):
+        return series, unit
+    if unit not in out:
+        out[unit] = out[main][0], series[main][0].astype(np.float64)
+    return out, "steps"
 
 
 def trace_name(path: Path) -> str:

@@ -54,7 +54,8 @@ def spike_score(values: Floats, window: int, needed: int, deviations: float, bot
     kept = values[finite]
     if len(kept) <= needed:
         return float("nan")
-    out = _stand_out(kept, window, needed, deviations, both_ways)
+    with np.errstate(all="ignore"):  # a value of 1e308 has no square
+        out = _stand_out(kept, window, needed, deviations, both_ways)
     return 100.0 * float(out.sum() + bad) / (len(kept) - needed + bad)
 
 

@@ -123,7 +123,9 @@ def rises(trend: Trend, blocked: Bools) -> list[Rise]:
     found: list[Rise] = []
     for first, end in edges.reshape(-1, 2):
         rise = _rise(trend, int(first), _tail(trend, int(first), int(end) - 1))
-        if (not rise.odd and not sure[first:end].any()) or not _above_before(trend, rise):
+        if not rise.odd and not sure[first:end].any():
+            continue
+        if not _above_before(trend, rise) or _steps_down(trend, rise):
             continue
         before = found[-1] if found else None
         if before is not None and not before.odd and not rise.odd and _apart(trend, before, rise) <= JOIN:
@@ -314,15 +316,30 @@ def _low(trend: Trend, blocked: Bools, known: list[Rise]) -> list[Rise]:
             first, last = min(first + half, peak), max(last - half, peak)
             top = first + int(np.argmax(trend.residual[first : last + 1]))
             rise = Rise(first, last, top, odd=False)
-            found.append(rise)
+            if not _steps_down(trend, rise):
+                found.append(rise)
             taken[max(0, first - tail) : last + tail] = True
     return found
 
 
-def _above_before(trend: Trend, rise: Rise) -> bool:
-    """Whether the peak stands above the points before the rise, and not only above what comes after it."""
+def _steps_down(trend: Trend, rise: Rise) -> bool:
+    """Whether the loss steps down after a rise, to below what was before it: the trend has turned too early there."""
     before = trend.x[max(0, rise.first - min(20, max(3, trend.points(50)))) : rise.first]
-    return len(before) == 0 or trend.x[rise.peak] - np.median(before) > 0.5 * trend.residual[rise.peak]
+    following = trend.x[rise.last + 1 : rise.last + 1 + min(24, max(5, trend.points(40)))]
+    if len(before) < 3 or len(following) < 3:
+        return False
+    height = float(trend.residual[rise.first : rise.last + 1].max())
+    return float(np.median(before) - np.median(following)) > 0.7 * height
+
+
+def _above_before(trend: Trend, rise: Rise) -> bool:
+    """Whether the rise stands above the points before it, and not only above what comes after it."""
+    before = trend.x[max(0, rise.first - min(20, max(3, trend.points(50)))) : rise.first]
+    if len(before) == 0:
+        return True
+    level, inside = float(np.median(before)), slice(rise.first, rise.last + 1)
+    peak = trend.x[rise.peak] - level > 0.5 * trend.residual[rise.peak]
+    return bool(peak and np.mean(trend.x[inside]) - level > 0.4 * np.mean(trend.residual[inside]))
 
 
 def _apart(trend: Trend, a: Rise, b: Rise) -> int:

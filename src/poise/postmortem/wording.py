@@ -52,7 +52,14 @@ def todos(events: Iterable[Event]) -> list[Todo]:
     groups: dict[tuple[str, str], list[Event]] = {}
     for event in worst_first(e for e in events if e.severity != "note" and e.advice.text):
         groups.setdefault((event.advice.action, event.advice.source), []).append(event)
-    return [Todo(group[0].advice, tuple(sorted(group, key=lambda e: e.start))) for group in groups.values()]
+    return [Todo(_said_of(group).advice, tuple(sorted(group, key=lambda e: e.start))) for group in groups.values()]
+
+
+def _said_of(group: list[Event]) -> Event:
+    """Return the event whose advice holds for all: the worst; of those that came back, the one that took longest."""
+    if all(event.recovery == "returned" for event in group):
+        return max(group, key=lambda event: event.end - event.peak)
+    return group[0]
 
 
 def worst_first(events: Iterable[Event]) -> list[Event]:

@@ -13,6 +13,10 @@ from poise.postmortem.readers.names import LOSS, STEP, rank
 from poise.postmortem.readers.source import is_absent, number
 
 LOOK_AT = 200
+LOOK_FURTHER = 50_000
+HEADER = re.compile(r"loss|step|iter|ppl|perplexity|bpb", re.IGNORECASE)
+"""What a header further down than ``LOOK_AT`` lines must hold."""
+
 """Lines in which the header is looked for."""
 
 BELOW = 20
@@ -84,9 +88,11 @@ def find_layout(lines: Sequence[str]) -> Layout | None:
 def _with_header(lines: Sequence[str], delimiter: str) -> Layout | None:
     weak: Layout | None = None
     looked = 0
-    for at, line in enumerate(lines[:LOOK_AT]):
+    for at, line in enumerate(lines[:LOOK_FURTHER]):
         if looked > MOST_CELLS:
             break
+        if at >= LOOK_AT and not HEADER.search(line):
+            continue
         bare = line.lstrip("# ") if line.startswith("#") else line
         cells = split(bare, delimiter)
         if len(cells) < 1 + (not delimiter) or any(number(cell) is not None for cell in cells):

@@ -160,7 +160,9 @@ def _embedding(s: Settings) -> Verdict | None:
         f"the residual stream starts with a standard deviation of {stream:.2g} beside sub-layers that can enlarge a "
         f"gradient {mlp:.3g}-fold (first MLP) and by 2 sqrt(D) sigma_O / sigma_x = {attention:.3g} (first attention)",
         "bring the embedding's output to a standard deviation of about 1: embed_scale (times sqrt(width)), a norm "
-        "after the embedding, or an untied embedding with std 1 and no weight decay on it",
+        "after the embedding, or an untied embedding with std 1 and no weight decay on it"
+        if stream < 0.7
+        else "start the sub-layers smaller: output projections divided by sqrt(2 n_layers), or a smaller init_std",
         f"Conditions of Spike No More are that both are much smaller than 1 (here: above {LIMIT:g} is reported); its "
         "1.7B and 13B models that broke them spiked or diverged at rates where those that held them did not.",
         also=("embed_std", "embed_scale", "embed_norm", "residual_init", "d_ff"),
