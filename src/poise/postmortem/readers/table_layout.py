@@ -78,21 +78,25 @@ def find_layout(lines: Sequence[str]) -> Layout | None:
     if len(ranked) > 2 and 5 * len(ranked) >= 4 * len(lines[:LOOK_AT]):
         below = find_layout([RANK_PREFIX.sub("", line, count=1) for line in lines[:LOOK_AT]])
         return below and replace(below, ranked=True)
+    first = range(min(len(lines), LOOK_AT))
     for delimiter in DELIMITERS:
-        layout = _with_header(lines, delimiter) or _without_header(lines, delimiter)
+        layout = _with_header(lines, delimiter, first) or _without_header(lines, delimiter)
         if layout is not None and (best is None or layout.score > best.score):
             best = layout
+    if best is None and len(lines) > LOOK_AT:
+        further = [at for at in range(LOOK_AT, min(len(lines), LOOK_FURTHER)) if HEADER.search(lines[at])]
+        found = (_with_header(lines, delimiter, further) for delimiter in DELIMITERS)
+        best = next((layout for layout in found if layout is not None), None)
     return best
 
 
-def _with_header(lines: Sequence[str], delimiter: str) -> Layout | None:
+def _with_header(lines: Sequence[str], delimiter: str, where: Sequence[int]) -> Layout | None:
     weak: Layout | None = None
     looked = 0
-    for at, line in enumerate(lines[:LOOK_FURTHER]):
+    for at in where:
         if looked > MOST_CELLS:
             break
-        if at >= LOOK_AT and not HEADER.search(line):
-            continue
+        line = lines[at]
         bare = line.lstrip("# ") if line.startswith("#") else line
         cells = split(bare, delimiter)
         if len(cells) < 1 + (not delimiter) or any(number(cell) is not None for cell in cells):
