@@ -115,3 +115,10 @@ def test_the_program_that_prints_it_is_no_log(tmp_path: Path) -> None:
         'TEXT = """\n' + core(1, 3.0) * 3 + '"""\ndef parse(text):\n    return 1\nassert parse(TEXT)\nimport json\n'
     )
     assert olmo.sniff(Source(path)) == 0.0
+
+
+def test_a_step_of_commas_alone_is_no_step(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    rows = "".join(f"[step={s}/99,epoch=1]\n    train/CE loss={9 - s / 9:.3f}\n" for s in range(1, 30))
+    path.write_text(rows + "[step=,/99,epoch=1]\n    train/CE loss=2.0\n" + rows.replace("[step=", "[step=3"))
+    assert len(read_log(path).series["loss"][0]) >= 29
