@@ -24,7 +24,7 @@ LOOKS_FOR = "OLMo or OLMo-core output ('[step=10/1000,epoch=1]' above 'train/CE 
 LOOK_AT = 50_000
 LONGEST = 2000
 
-_STEP = re.compile(r"\[step=([\d,]{1,15})/([\d,]{1,15}|\?{3})(?:, ?(?:epoch|eta)=[^\]]{0,60})?\]")
+_STEP = re.compile(r"\[step=(\d[\d,]{0,14})/([\d,]{1,15}|\?{3})(?:, ?(?:epoch|eta)=[^\]]{0,60})?\]")
 _METRIC = re.compile(
     rf"(?:^|[\sZ\]])([A-Za-z][\w\-.]{{0,60}}(?:[/ ](?=\S)[\w\-.*]{{1,60}}){{0,6}}(?: \([^()=]{{1,40}}\))?)"
     rf"=({NUMBER})([KMBTPE])?$"
