@@ -67,15 +67,6 @@ def find(log: Log) -> list[Event]:
     return sorted(found, key=lambda event: (event.start, event.end))
 
 
-def trend_of(log: Log) -> Trend | None:
-    """Return the trend of the log's finite, positive losses; ``None`` where there are too few."""
-    if LOSS not in log.series:
-        return None
-    steps, values = log.series[LOSS]
-    good = np.isfinite(values) & (values > 0)
-    return fit(steps[good], values[good]) if good.sum() >= FEWEST else None
-
-
 # -- the loss ------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ Shapes: B sequences, T positions.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -100,8 +99,3 @@ def tokens(vocab_size: int, seconds: float) -> tuple[Text, float]:
             pass  # no sources or no tokenizer here: synthetic tokens do
     found = zipf(vocab_size)
     return found, time.perf_counter() - began
-
-
-def surprise(vocab_size: int) -> float:
-    """Return ln V, the loss in nats of a model that knows nothing."""
-    return math.log(vocab_size)

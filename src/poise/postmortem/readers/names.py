@@ -284,7 +284,7 @@ def rank(meaning: str, raw: str) -> int | None:
             break
     if meaning == LR and _MONITOR.fullmatch(raw.rpartition(" - ")[2]):
         return 2 * len(aliases)
-    place = _rank_repeated(meaning, name, raw)
+    place = _rank_repeated(meaning, raw)
     parted = _CAMEL.sub(" ", raw)
     return rank(meaning, parted) if place is None and parted != raw else place
 
@@ -316,7 +316,7 @@ def _rank_held_out(name: list[str], raw: str) -> int | None:
     return place
 
 
-def _rank_repeated(meaning: str, name: list[str], raw: str) -> int | None:
+def _rank_repeated(meaning: str, raw: str) -> int | None:
     """Rank ``lm-loss-training/lm loss``: folders that only say once more what the last part says."""
     folder, _, leaf = raw.rpartition("/")
     last = words(leaf)

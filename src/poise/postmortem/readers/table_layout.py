@@ -155,7 +155,7 @@ def _without_header(lines: Sequence[str], delimiter: str) -> Layout | None:
         return None
     columns = [[x for x in column if x is not None] for column in zip(*values, strict=True)]
     first, second = columns[:2]
-    if len(columns) == 3 and len(columns[2]) == len(rows) and _is_mlflow(*columns):
+    if len(columns) == 3 and len(columns[2]) == len(rows) and _is_mlflow(first, columns[2]):
         return Layout(delimiter, (CLOCK, LOSS, STEP), None, 0.6)
     if not all(step == step // 1 for step in first) or not _could_be_loss(second):
         return None
@@ -166,7 +166,7 @@ def _without_header(lines: Sequence[str], delimiter: str) -> Layout | None:
     return Layout(delimiter, (STEP, LOSS, *further), None, 0.5)
 
 
-def _is_mlflow(first: Sequence[float], second: Sequence[float], third: Sequence[float]) -> bool:
+def _is_mlflow(first: Sequence[float], third: Sequence[float]) -> bool:
     """Return whether these are a time in milliseconds, a value and a step, as MLflow keeps them."""
     return (
         len(first) >= 2
