@@ -36,9 +36,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	@touch $(READY)
 
-# Other people's trainers, for the tests that put the guard into them; without them those tests are skipped.
+# Other people's trainers and data tools, for the tests that work with them; without them those tests are skipped.
 $(LIBS): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations,fast,hf,warc,language,datatrove]'
 	@touch $(LIBS)
 
 clean:

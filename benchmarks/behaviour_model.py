@@ -22,7 +22,7 @@ from torch import Tensor
 
 from poise.data.readers import Tally
 from poise.data.sources import documents, resolve
-from poise.data.tokenizer import train as train_tokenizer
+from poise.data.tokens.tokenizer import train as train_tokenizer
 from poise.model.build import build
 from poise.model.spec import Spec
 from poise.optim.chain import Chain

@@ -63,9 +63,10 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens_dir(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder, prepared once with a vocabulary of 512."""
     from poise.data.prepare import prepare
+    from poise.data.settings import Settings
 
     out = tmp_path_factory.mktemp("prepared") / "notes"
-    return prepare(str(text_folder), out, vocab_size=512, val_fraction=0.1).dir
+    return prepare(str(text_folder), out, Settings(vocab_size=512, val_fraction=0.1)).dir
 
 
 @pytest.fixture(scope="session")

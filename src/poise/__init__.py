@@ -39,7 +39,7 @@ _NAMES = {
     "count": "poise.model.counts",
     "prepare": "poise.data.prepare",
     "open_tokens": "poise.data.store",
-    "Loader": "poise.data.loader",
+    "Loader": "poise.data.feed.loader",
     "CheckpointStore": "poise.hardware.checkpoint",
     "Recipe": "poise.train.recipe",
     "train_recipe": "poise.train.run:train",

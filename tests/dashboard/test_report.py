@@ -231,3 +231,14 @@ def test_json_in_the_page_has_no_nan(made, tmp_path):
     text, _, _ = page(maker.write(tmp_path / "run"))
     figures = re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)
     assert figures and not re.search(r"[:,\[](NaN|Infinity|-Infinity)", figures[1])
+
+
+def test_the_loss_of_each_source_is_drawn(made, tmp_path):
+    maker = made("healthy", total=20)
+    for number, record in enumerate(r for r in maker.records if r["type"] == "step"):
+        record["source_losses"] = {"web": 5.0 - number / 10, "<b>ooks": 3.0} if number % 2 else {"web": 5.0}
+    _, text, figures = page(maker.write(tmp_path / "run"))
+    assert "Loss by source" in text
+    drawn = next(f for f in figures if any(t.get("name") == "web" for t in f["data"]))
+    assert len(trace(drawn, "web")["x"]) == 20
+    assert next(t for t in drawn["data"] if "ooks" in t.get("name", ""))["y"][-1] == 3.0

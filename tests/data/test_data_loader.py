@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.core.errors import UserError
-from poise.data import loader as module
-from poise.data.loader import Loader
+from poise.data.feed import loader as module
+from poise.data.feed.loader import Loader
 from poise.data.prepare import prepare
+from poise.data.settings import Settings
 from poise.data.store import Tokens, open_tokens
-from poise.data.tokenizer import load
+from poise.data.tokens.tokenizer import load
 
 T = 32
 PINNED = ["abcd", "ijkl", "ijkl", "ABCD"]
@@ -89,7 +90,7 @@ def test_a_batch_may_span_epochs_and_blocks(tokens: Tokens, monkeypatch: pytest.
 def test_values_are_the_same_on_every_machine(tmp_path: Path) -> None:
     # With 257 ids a token is a byte. Pinned: a change gives every run that resumes other data.
     (tmp_path / "a.txt").write_text("abcdefghijklmnopqrstuvwxyz0123456789ABCD")
-    opened = open_tokens(prepare(str(tmp_path / "a.txt"), tmp_path / "out", vocab_size=257).dir)
+    opened = open_tokens(prepare(str(tmp_path / "a.txt"), tmp_path / "out", Settings(vocab_size=257)).dir)
     loader, tokenizer = Loader(opened, 4, seed=0), load(opened.tokenizer_path)
     shown = [tokenizer.decode(row) for row in loader.batch(8, 4).inputs.tolist()]
     assert loader.sequences == 10
@@ -124,11 +125,11 @@ def test_documents_of_one_token_and_of_many_rows(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number, text in enumerate(["a", "b", "c" * 40, "d"]):
         (tmp_path / "in" / f"{number}.txt").write_text(text)
-    opened = open_tokens(prepare(str(tmp_path / "in"), tmp_path / "out", vocab_size=257, val_fraction=0).dir)
+    opened = open_tokens(prepare(str(tmp_path / "in"), tmp_path / "out", Settings(vocab_size=257, val_fraction=0)).dir)
     loader = Loader(opened, 8, 0)
     found = {}
     for sample in range(loader.sequences):
-        place = loader._position(sample)
+        _, place = loader._position(sample)
         found[place] = [(d["origin"], d["span"], d["document_start"]) for d in loader.documents(sample)]
     assert loader.sequences == 5  # 2 + 2 + 41 + 2 = 47 tokens
     assert found[0] == [("0.txt", (0, 2), 0), ("1.txt", (2, 4), 0), ("2.txt", (4, 9), 0)]
@@ -160,7 +161,7 @@ def test_too_short_and_senseless_lengths(tokens: Tokens, tmp_path: Path) -> None
     with pytest.raises(UserError, match="sequence length is 0"):
         Loader(tokens, 0, 0)
     (tmp_path / "a.txt").write_text("abc")
-    tiny = open_tokens(prepare(str(tmp_path / "a.txt"), tmp_path / "out", vocab_size=257).dir)
+    tiny = open_tokens(prepare(str(tmp_path / "a.txt"), tmp_path / "out", Settings(vocab_size=257)).dir)
     with pytest.raises(UserError, match=r"the train split has 4 tokens.* at most 3 or more text"):
         Loader(tiny, 256, 0)
     with pytest.raises(UserError, match=r"the val split has 0 tokens.*; use more text or a larger --data.val_frac"):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.data.permute import Permutation
+from poise.data.feed.permute import Permutation
 
 PINNED_1000 = [215, 97, 984, 969, 63, 916, 894, 82]
 PINNED_LARGE = [533759811113, 314433072142, 183624704482, 485582135037]

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import socket
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +15,16 @@ import pyarrow as pa
 import pytest
 
 from poise.core.errors import UserError
-from poise.data.inspect import describe
+from poise.data.look.inspect import describe
 from poise.data.megatron_index import open_index, write_index
 from poise.data.prepare import prepare
-from poise.data.store import FILES, Tokens, open_tokens, token_dtype, verify
+from poise.data.settings import Settings
+from poise.data.store import FILES, Tokens, open_tokens, staged, token_dtype, verify
 
 
 @pytest.fixture
-def copy(tokens: Tokens, tmp_path: Path) -> Path:
-    return shutil.copytree(tokens.dir, tmp_path / "data")
+def copy(cleaned: Tokens, tmp_path: Path) -> Path:
+    return shutil.copytree(cleaned.dir, tmp_path / "data")
 
 
 def fails(match: str, folder: Path, split: str = "") -> None:
@@ -91,23 +96,28 @@ def test_the_manifest_holds_no_time(tokens: Tokens) -> None:
     assert not any(word in text for word in ("time", "date", "created"))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_or_cut_file(copy: Path, name: str) -> None:
-    size = (copy / name).stat().st_size
-    os.truncate(copy / name, size - 1)
-    with pytest.raises(UserError, match=f"{name} has {size - 1:,} bytes instead of {size:,}"):
-        open_tokens(copy)
-    (copy / name).unlink()
-    fails(f"{name} is missing", copy)
+def test_a_missing_or_cut_file(copy: Path) -> None:
+    for name in FILES:
+        raw = (copy / name).read_bytes()
+        os.truncate(copy / name, len(raw) - 1)
+        with pytest.raises(UserError, match=f"{name} has {len(raw) - 1:,} bytes instead of {len(raw):,}"):
+            open_tokens(copy)
+        (copy / name).unlink()
+        fails(f"{name} is missing", copy)
+        (copy / name).write_bytes(raw)
+    verify(copy)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_changed_contents_are_found_by_verify(copy: Path, name: str) -> None:
-    raw = bytearray((copy / name).read_bytes())
-    raw[len(raw) // 2] ^= 1
-    (copy / name).write_bytes(raw)
-    open_tokens(copy)  # sizes are as they were
-    fails(f"the contents of {name} have changed", copy)
+def test_changed_contents_are_found_by_verify(copy: Path) -> None:
+    for name in (*FILES, "dropped/00000.parquet"):
+        raw = (copy / name).read_bytes()
+        changed = bytearray(raw)
+        changed[len(raw) // 2] ^= 1
+        (copy / name).write_bytes(changed)
+        open_tokens(copy)  # sizes are as they were
+        fails(f"the contents of {name} have changed", copy)
+        (copy / name).write_bytes(raw)
+    verify(copy)
 
 
 def test_damage_that_only_opening_a_split_meets(copy: Path) -> None:
@@ -115,7 +125,7 @@ def test_damage_that_only_opening_a_split_meets(copy: Path) -> None:
         raw = (copy / name).read_bytes()
         (copy / name).write_bytes(data * len(raw))
         with pytest.raises(UserError, match="is damaged") as error:
-            open_tokens(copy).split("train")
+            _ = open_tokens(copy).split("train").table
         assert "\n" not in str(error.value)
         (copy / name).write_bytes(raw)
     open_tokens(copy).split("train")
@@ -131,7 +141,7 @@ def test_folders_that_are_not_prepared_data(copy: Path, tmp_path: Path) -> None:
     fails("holds no prepared data", copy / "train.bin")
     manifest = json.loads((copy / "manifest.json").read_text())
     for change, match in (
-        ({"version": 99}, "has data format 99, this poise reads 1"),
+        ({"version": 99}, "has data format 99, this poise reads 2"),
         ({"format": "web app"}, "of another program"),
     ):
         (copy / "manifest.json").write_text(json.dumps(manifest | change))
@@ -146,7 +156,7 @@ def test_describe(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name, text in (("a", "abab"), ("b", "abab"), ("c", "abcabcabc")):
         (tmp_path / "in" / f"{name}.txt").write_text(text)
-    out = prepare(str(tmp_path / "in"), tmp_path / "out", vocab_size=257, val_fraction=0.3).dir
+    out = prepare(str(tmp_path / "in"), tmp_path / "out", Settings(vocab_size=257, val_fraction=0.3)).dir
     facts = describe(out)
     assert (facts["documents"], facts["tokens"], facts["bytes"]) == (3, 20, 17)
     assert facts["splits"]["train"]["documents"] + facts["splits"]["val"]["documents"] == 3
@@ -160,5 +170,45 @@ def test_describe(tmp_path: Path) -> None:
 
 def test_describe_with_an_empty_split(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
-    facts = describe(prepare(str(tmp_path / "a.txt"), tmp_path / "out", vocab_size=257).dir)
+    facts = describe(prepare(str(tmp_path / "a.txt"), tmp_path / "out", Settings(vocab_size=257)).dir)
     assert (facts["splits"]["val"]["tokens"], facts["tokens"], facts["duplicate_documents"]) == (0, 4, 0)
+
+
+def test_what_killed_processes_left(copy: Path, tmp_path: Path) -> None:
+    """Old data that were moved aside are put back where the new ones never came."""
+    before = verify(copy).manifest
+    process = subprocess.Popen([sys.executable, "--version"], stdout=subprocess.DEVNULL)
+    process.wait()
+    host, dead = socket.gethostname(), process.pid
+    for number in range(2):
+        old = tmp_path / f".data.old-{host}-{dead}"
+        if number:  # the new data did come
+            shutil.copytree(copy, old)
+        else:
+            copy.rename(old)
+        half = tmp_path / f".data.partial-{host}-{dead}"
+        half.mkdir()
+        with pytest.raises(KeyboardInterrupt), staged(copy):
+            raise KeyboardInterrupt
+        assert [path.name for path in tmp_path.iterdir()] == ["data"]
+        assert verify(copy).manifest == before
+
+
+def test_a_failed_step_leaves_nothing(tmp_path: Path, copy: Path) -> None:
+    for error, match in (
+        (OSError(errno.ENOSPC, "No space"), "disk is full"),
+        (OSError(errno.EACCES, "No"), "cannot wr"),
+    ):
+        with pytest.raises(UserError, match=match) as caught, staged(copy) as aside:
+            (aside / "train.bin").write_text("half")
+            raise error
+        assert "\n" not in str(caught.value) and "same command" not in str(caught.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    verify(copy)
+
+
+def test_begins_are_the_pointers(cleaned: Tokens) -> None:
+    split = cleaned.split("train")
+    starts = split.table["token_start"].to_numpy()
+    assert np.array_equal(split.begins, starts)
+    assert split.document_tokens(5).tolist() == split.tokens[starts[5] : starts[6]].tolist()

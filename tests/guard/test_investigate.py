@@ -206,8 +206,8 @@ def trained(tiny: dict[str, Any], folder: Path, garbage_at: int = 0, corrupt_at:
         runs.append(run)
         real, size = run.loader.batch, run.recipe.train.batch_size
 
-        def batch(first: int, count: int) -> Batch:
-            clean = real(first, count)
+        def batch(first: int, count: int, view: Any) -> Batch:
+            clean = real(first, count, view)
             if first != (garbage_at - 1) * size:
                 return clean
             generator = torch.Generator().manual_seed(1)

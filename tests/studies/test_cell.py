@@ -49,7 +49,15 @@ def whole(tiny: dict[str, Any], tokens: Tokens, tmp_path_factory: pytest.TempPat
     return run_cell(cell_of(tiny, tokens), tokens, tmp_path_factory.mktemp("whole"))
 
 
-@pytest.mark.parametrize("over", [{}, {"train": {"micro_batch": 2}}], ids=["whole batches", "micro-batches"])
+RAMPS = {"length_start": 8, "length_tokens": 2000, "batch_start": 2, "batch_tokens": 2000, "both_ramps": True}
+PACKED = {"pack": "best_fit", "document_mask": True}
+
+
+@pytest.mark.parametrize(
+    "over",
+    [{}, {"train": {"micro_batch": 2}}, {"train": {"micro_batch": 2} | RAMPS, "data": PACKED}],
+    ids=["whole batches", "micro-batches", "ramps, packed"],
+)
 def test_a_cell_has_the_losses_of_poise_train(
     over: dict[str, Any], tiny: dict[str, Any], tokens: Tokens, tmp_path: Path
 ) -> None:
@@ -215,6 +223,10 @@ def test_the_largest_logit_is_scaled_and_nobody_listens_afterwards(tiny: dict[st
     scores_BHTT = (heard["q"] @ heard["k"].mT).tril() + torch.full((32, 32), -math.inf).triu(1)
     assert found[1] == pytest.approx(float(scores_BHTT.amax()) * 16**-0.5)
     assert not any(tap._forward_hooks for tap in taps.values())
+    documents_BT = torch.arange(32).div(5, rounding_mode="floor").expand(2, 32)
+    inside = attention_logits.largest_logits(model, inputs_BT, documents_BT)[1]
+    alone = [attention_logits.largest_logits(model, inputs_BT[:, i : i + 5])[1] for i in range(0, 32, 5)]
+    assert inside == pytest.approx(max(alone), rel=1e-5) and inside < found[1], "a logit across documents is none"
     attn: Any = model.trunk.blocks[1]
     attn.attn.scale = 0.5
     assert attention_logits.largest_logits(model, inputs_BT)[1] == pytest.approx(2 * found[1])

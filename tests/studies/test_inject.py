@@ -18,6 +18,7 @@ from poise.core.errors import UserError
 from poise.core.host import Replayed
 from poise.core.journal import read
 from poise.core.types import IGNORE, Batch, Proceed, Rollback
+from poise.data.feed.loader import View
 from poise.studies.faults import CASES, KINDS, Fault, flip_bit, parameters_at
 from poise.studies.inject import Injector
 from poise.train.recipe import load
@@ -73,6 +74,37 @@ def shoot(run: Run, shots: list[Shot]) -> None:
         shots[-1].gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
 
     run.backward = backward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", ["garbage_batch", "repeated_token_batch", "label_shift", "repeated_data"])
+def test_batches_keep_their_cut_and_their_documents(kind: str, values: dict[str, Any], tmp_path: Path) -> None:
+    """With ramps the n-th batch is the n-th step's, whatever its size; attention stays inside documents."""
+    ramps = {"length_start": 8, "length_tokens": 500, "batch_start": 1, "batch_tokens": 300, "both_ramps": True}
+    over = {**values, "data": values["data"] | {"document_mask": True}, "train": values["train"] | ramps}
+    runs: list[Run] = []
+    shots: list[Shot] = []
+    plain: list[Shot] = []
+
+    def attach(run: Run) -> None:
+        runs.append(run)
+        Injector([FAULTS[kind]]).attach(run)
+        shoot(run, shots)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("poise.train.run.write_report", lambda folder: None)
+        train(load("nano", over), tmp_path / "run", before=attach)
+        train(load("nano", over), tmp_path / "plain", before=lambda run: shoot(run, plain))
+    for bad, good in zip(shots, plain, strict=True):
+        assert bad.batch.samples == good.batch.samples and bad.batch.inputs.shape == good.batch.inputs.shape
+        same = torch.equal(bad.batch.inputs, good.batch.inputs) and torch.equal(bad.batch.targets, good.batch.targets)
+        assert same == (not AT <= bad.step < AT + FAULTS[kind].length), bad.step
+        if kind != "repeated_data":
+            assert torch.equal(bad.batch.documents, good.batch.documents)  # type: ignore[arg-type]
+    assert len({shot.batch.inputs.shape for shot in shots}) > 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs[0], "_rows", [])
+        gathered = runs[0].loader.gather([0, 3], View(8))
+        assert gathered.samples == (0,) * 4 + (3,) * 4 and gathered.documents is not None
 
 
 def decide_by(run: Run, decide: Callable[[int], Any]) -> None:

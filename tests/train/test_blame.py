@@ -46,7 +46,7 @@ def test_the_last_try_counts_and_the_earlier_ones_are_told(straight: Path, tmp_p
 
 def test_a_window_adds_up(straight: Path) -> None:
     tracer = Tracer(straight)
-    whole = sum(tokens for _, tokens, _ in tracer.around(10, 5))
+    whole = sum(seen.tokens for seen in tracer.around(10, 5))
     rows = [row for step in range(6, 11) for row in tracer.blame(step).rows]
     assert whole == sum(one.span[1] - one.span[0] for row in rows for one in row.documents)
 

@@ -15,6 +15,7 @@ from poise.core.errors import UserError
 from poise.core.host import Host, Mender, Rewinder
 from poise.core.journal import read, timeline
 from poise.core.types import Batch, Clip, Decision, DropData, LowerLr, ResetMoments, Signals, Skip
+from poise.data.feed.loader import PLAIN, View
 from poise.hardware.state import flatten, pack
 from poise.train import rewind
 from poise.train.host import rewarmed
@@ -156,10 +157,10 @@ def shown_by(run: Run, *arguments: Any, **named: Any) -> list[int]:
     """First samples of the batches that a replay asks for."""
     real, asked = run.loader.batch, list[int]()
 
-    def batch(first: int, count: int) -> Batch:
+    def batch(first: int, count: int, view: View = PLAIN) -> Batch:
         assert run.journal is None, "whoever writes to the journal finds none"
         asked.append(first)
-        return real(first, count)
+        return real(first, count, view)
 
     run.loader.batch = batch  # type: ignore[method-assign]
     try:
@@ -250,7 +251,7 @@ def test_the_step_under_way_shows_its_own_samples_also_after_a_jump(tiny: dict[s
 
     def decide(run: Run, signals: Signals) -> Decision | None:
         if signals.step == 33:
-            seen.extend(run.host.replay(29, 13, "same").losses)  # type: ignore[attr-defined]
+            seen.extend(run.host.replay(25, 13, "same").losses)  # type: ignore[attr-defined]
         return DropData(first=0, last=run.position.next_sample + 11) if signals.step == 26 else None
 
     steps = recorded(trained(tiny, tmp_path / "run", decide=decide))

@@ -127,6 +127,7 @@ def test_replaced_bytes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = "The quick brown fox jumps over the lazy dog, and nobody minds at all. "
     for number in range(40):
         (tmp_path / "notes" / f"{number}.md").write_text(f"{number}: " + text * 40)
+    (tmp_path / "notes" / "torn.md").write_bytes("naïve ".encode() * 30 + b"\xff" * 60 + text.encode() * 40)
     (tmp_path / "notes" / "latin.md").write_bytes(b"caf\xe9 na\xefve " * 30 + text.encode() * 10)
     words = ["train", "--data", "notes", "--out", "run", "--data.vocab_size", "300", "--train.seq_len", "16"]
     words += ["--train.steps", "3", "--optim.schedule.warmup_steps", "1", "--train.batch_size", "2"]
@@ -135,6 +136,7 @@ def test_replaced_bytes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "60 bytes were not valid UTF-8" in capsys.readouterr().err
     record = next(r for r in read(tmp_path / "run" / "journal.jsonl") if r["type"] == "run")
     assert record["data"]["replaced_bytes"] == 60
+    assert sum(record["data"]["converted"].values()) == 1, "Latin-1 is read as what it is"
 
 
 def test_a_data_folder_of_another_text_is_not_taken_for_this_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from poise.cli.args import Parser
@@ -13,25 +14,30 @@ from poise.core.errors import UserError
 from poise.core.journal import to_json
 
 if TYPE_CHECKING:
-    from poise.train.blame import Blame, Row, Tracer
+    from poise.train.blame import Blame, Document, Repeat, Row, Seen, Tracer
 
 EXCERPT: Final = 160
 """Characters of a row's text that are shown in the list of rows."""
 
 MOST_ORIGINS: Final = 20
+MOST_ODD: Final = 5
+MOST_REPEATED: Final = 200
+"""Characters shown of a stretch that repeats itself."""
 
 
 def main(words: Sequence[str]) -> int:
     """Show a step's rows, one row's text, or what the steps before it had in common."""
     parser = Parser(
         "blame",
-        "Show which documents were in a step of a run: every row's sample, files and places. It works for any step "
+        "Show which documents were in a step of a run, and what was odd about them: every row's sample, files, places, "
+        "scores, duplicates and repeats. It works for any step "
         "after the fact, because a batch is a pure function of the run's seed and the sample's number.",
         "poise blame runs/nano --step 120\n  poise blame runs/nano --step 120 --row 3\n"
         "  poise blame runs/nano --step 120 --window 20",
     )
     parser.add_argument("run", help="the run folder that poise train wrote")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="the step")
+    parser.add_argument("--try", dest="attempt", type=int, metavar="N", help="which try of the step, from 1 (the last)")
     parser.add_argument("--row", type=int, metavar="R", help="one row of it, from 0, with its whole text")
     parser.add_argument("--window", type=int, metavar="W", help="the files that the last W steps up to it showed")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -45,7 +51,7 @@ def main(words: Sequence[str]) -> int:
     from poise.train.blame import Tracer
 
     tracer = Tracer(folder)
-    blame = tracer.blame(arguments.step)
+    blame = tracer.blame(arguments.step, arguments.attempt)
     rows = _chosen(blame, arguments.row)
     if arguments.json:
         print(to_json(_record(tracer, blame, rows, arguments)))
@@ -68,38 +74,103 @@ def _record(tracer: Tracer, blame: Blame, rows: Sequence[Row], arguments: argpar
     kept = {row.row for row in rows}
     record["rows"] = [r | {"text": tracer.text(r["sample"])} for r in record["rows"] if r["row"] in kept]
     if arguments.window is not None:
-        seen = tracer.around(arguments.step, arguments.window)
-        record["window"] = [{"origin": origin, "tokens": tokens, "rows": n} for origin, tokens, n in seen]
+        seen = tracer.around(arguments.step, arguments.window, arguments.attempt)
+        record["window"] = [one._asdict() for one in seen]
     return record
 
 
 def _lines(tracer: Tracer, blame: Blame, rows: Sequence[Row], arguments: argparse.Namespace) -> Iterator[str]:
-    last = blame.rows[-1].sample
     yield (
         f"step {blame.step}: loss {blame.loss:.4g}, gradient norm {blame.grad_norm:.3g}, "
-        f"samples {blame.rows[0].sample} to {last}"
+        f"samples {blame.rows[0].sample} to {blame.rows[-1].sample}"
     )
-    if blame.earlier:
-        tries = ", ".join(map(str, blame.earlier))
-        yield f"  done more than once; earlier tries began with sample {tries}"
+    if blame.tries > 1:
+        yield (
+            f"  done {blame.tries} times, this is try {blame.attempt}; the others began with sample "
+            f"{', '.join(map(str, blame.earlier)) or blame.rows[0].sample} (--try N shows another)"
+        )
+    if blame.undone:
+        yield "  this try does not count: the run went back behind it, or took the step again"
+    if blame.seq_len < tracer.recipe.train.seq_len:
+        yield f"  each sample was cut into sequences of {blame.seq_len}"
+    yield from _oddest(blame)
     for row in rows:
-        text = tracer.text(row.sample)
-        yield f"row {row.row}  sample {row.sample}  {row.distinct:.0%} of its tokens are different"
-        for one in row.documents:
-            begins = "" if one.document_start == 0 else f", from its token {one.document_start} on"
-            yield (
-                f"  tokens {one.span[0]} to {one.span[1] - 1}: {one.origin} "
-                f"(document {one.document}, which is bytes {one.offset} to {one.offset + one.bytes - 1}{begins})"
-            )
-        yield text if arguments.row is not None else "  " + _excerpt(text)
+        yield from _of_row(tracer, row, whole=arguments.row is not None)
     if arguments.window is not None:
-        seen = tracer.around(arguments.step, arguments.window)
-        yield f"files in the last {arguments.window} steps up to {arguments.step}, by their tokens:"
-        yield from (f"  {tokens:>9,} tokens, {n:>4} rows  {origin}" for origin, tokens, n in seen[:MOST_ORIGINS])
-        if len(seen) > MOST_ORIGINS:
-            yield f"  and {len(seen) - MOST_ORIGINS} more; --json has them all"
+        yield from _window(tracer.around(arguments.step, arguments.window, arguments.attempt), arguments)
 
 
-def _excerpt(text: str) -> str:
+def _oddest(blame: Blame) -> Iterator[str]:
+    """The rows and documents to look at first."""
+    known = [row for row in blame.rows if row.loss is not None]
+    if len(known) > 1:
+        usual = median(row.loss or 0.0 for row in known)
+        worst = max(known, key=lambda row: row.loss or 0.0)
+        yield f"  highest loss: row {worst.row} with {worst.loss:.3f} nats (median of the rows {usual:.3f})"
+    odd = [(row.row, one) for row in blame.rows for one in row.documents if one.odd]
+    for row, one in sorted(odd, key=lambda item: -len(item[1].odd))[:MOST_ODD]:
+        yield f"  odd: row {row}, {one.origin} (document {one.document}): {'; '.join(one.odd[:3])}"
+    if len(odd) > MOST_ODD:
+        yield f"  and {len(odd) - MOST_ODD} more rows with something odd"
+    if not odd:
+        yield "  nothing odd about its documents, by their scores, repeats and duplicates"
+
+
+def _of_row(tracer: Tracer, row: Row, *, whole: bool) -> Iterator[str]:
+    loss = "" if row.loss is None else f"  loss {row.loss:.3f}"
+    part = "" if row.counted == 1 else f", {1 - row.counted:.0%} left out of the loss"
+    yield f"row {row.row}  sample {row.sample}{loss}  {row.distinct:.0%} of its tokens are different{part}"
+    for one in row.documents:
+        begins = "" if one.document_start == 0 else f", from its token {one.document_start} on"
+        yield (
+            f"  tokens {one.span[0]} to {one.span[1] - 1}: {one.origin} "
+            f"(document {one.document}, which is bytes {one.offset} to {one.offset + one.bytes - 1}{begins})"
+        )
+        if whole:
+            yield from _facts(one)
+    for repeat in row.repeats:
+        fate = "its repeats are left out of the loss" if repeat.masked else "it counts in the loss"
+        yield (
+            f"  tokens {repeat.span[0]} to {repeat.span[1] - 1}: {_excerpt(repr(repeat.text), 60)} "
+            f"x {repeat.count:,} in the document; {fate}"
+        )
+    if whole:
+        yield "".join(_mark(text, repeat) for text, repeat in tracer.marked(row))
+    else:
+        yield "  " + _excerpt(tracer.text(row.sample))
+
+
+def _facts(one: Document) -> Iterator[str]:
+    """Everything that is known of a document, one line a kind."""
+    facts = {k: v for k, v in one.facts.items() if k != "scores" and v not in (None, 0)}
+    if facts.get("cluster_size") == 1:
+        del facts["cluster_size"]
+    if facts:
+        yield "    " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+    if scores := one.facts.get("scores"):
+        yield "    " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    yield from (f"    odd: {line}" for line in one.odd)
+
+
+def _mark(text: str, repeat: Repeat | None) -> str:
+    """A piece of text; the repeats in marks, and shortened where they are long."""
+    if repeat is None:
+        return text
+    shown = text if len(text) <= MOST_REPEATED else f"{text[:MOST_REPEATED]} ..."
+    return f"[[x{repeat.count}: {shown}]]"
+
+
+def _window(seen: Sequence[Seen], arguments: argparse.Namespace) -> Iterator[str]:
+    yield f"documents in the last {arguments.window} steps up to {arguments.step}, by their tokens:"
+    for one in seen[:MOST_ORIGINS]:
+        yield f"  {one.tokens:>9,} tokens, {one.rows:>4} rows  {one.origin} (document {one.document})"
+    if len(seen) > MOST_ORIGINS:
+        yield f"  and {len(seen) - MOST_ORIGINS} more; --json has them all"
+    odd = [one for one in seen if one.odd]
+    for one in sorted(odd, key=lambda one: -len(one.odd))[:MOST_ORIGINS]:
+        yield f"  odd: {one.origin} (document {one.document}): {'; '.join(one.odd[:2])}"
+
+
+def _excerpt(text: str, most: int = EXCERPT) -> str:
     flat = " ".join(text.split())
-    return flat if len(flat) <= EXCERPT else flat[:EXCERPT] + " ..."
+    return flat if len(flat) <= most else flat[:most] + " ..."

@@ -1,80 +1,150 @@
-"""``poise data prepare`` and ``poise data inspect``."""
+"""``poise data``: prepare text, look into what was prepared, change its format."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import io
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from poise.cli.args import Parser
 from poise.core.errors import UserError, nearest
 
+ACTIONS = {
+    "prepare": ("poise.cli.data_prepare", "SOURCE... --out DIR", "turn text into tokens on disk"),
+    "inspect": ("poise.cli.data_inspect", "DIR", "counts, samples, search, histograms; drop documents"),
+    "export": ("poise.cli.data_exchange", "DIR --to FORMAT --out DIR", "write megatron, datatrove, olmo or hf"),
+    "import": ("poise.cli.data_exchange", "SOURCE --from FORMAT --out DIR", "read the tokens of others"),
+    "verify": ("poise.cli.data_inspect", "DIR", "check the hash of every file"),
+}
+"""Action -> (module with a function of its name, its arguments, what it does)."""
+
+_OPTIONS = (
+    ("--data.dir PATH or set POISE_CACHE", "--out DIR"),
+    ("--data.dir PATH", "--out DIR"),
+    ("--data.source PATH", "a folder as SOURCE"),
+    ("--data.vocab_size", "--vocab-size"),
+    ("--data.text_field", "--text-field"),
+)
+"""What the recipe's keys, which the data room names in its advice, are called here."""
+
 
 def main(words: Sequence[str]) -> int:
-    """Dispatch to prepare or inspect."""
-    actions = {"prepare": _prepare, "inspect": _inspect}
+    """Dispatch to an action."""
     if not words or words[0] in ("-h", "--help"):
-        print("usage: poise data prepare SOURCE --out DIR\n       poise data inspect DIR\n")
-        print("example:\n  poise data prepare my-notes/ --out notes-tokens --vocab-size 8192")
+        width = max(len(f"{name} {usage}") for name, (_, usage, _) in ACTIONS.items())
+        print("usage:")
+        for name, (_, usage, about) in ACTIONS.items():
+            print(f"  poise data {f'{name} {usage}':<{width}}  {about}")
+        print("\nexample:\n  poise data prepare my-notes/ --out notes-tokens --vocab-size 8192")
         return 0
-    if words[0] not in actions:
-        raise UserError(f"unknown action 'data {words[0]}'{nearest(words[0], actions)}; use prepare or inspect")
-    return actions[words[0]](words[1:])
-
-
-def _prepare(words: Sequence[str]) -> int:
-    parser = Parser("data prepare", "Turn text into tokens on disk.", "poise data prepare my-notes/ --out notes-tokens")
-    parser.add_argument("source", help="file, folder, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, hf:NAME or stdlib")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: the cache folder)")
-    parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="ids of the BPE to train (8192)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of training one")
-    parser.add_argument("--val-fraction", type=float, default=0.01, metavar="X", help="held-out share (0.01)")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of .jsonl and .parquet (text)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    arguments = parser.parse_args(list(words))
-
-    from poise.cli.terminal import PrepareProgress
-    from poise.data.inspect import describe
-    from poise.data.prepare import prepare
-
-    progress = PrepareProgress()
+    if words[0] not in ACTIONS:
+        raise UserError(f"unknown action 'data {words[0]}'{nearest(words[0], ACTIONS)}; use {', '.join(ACTIONS)}")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text, and not every terminal knows UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
+    module = importlib.import_module(ACTIONS[words[0]][0])
     try:
-        done = prepare(
-            arguments.source,
-            Path(arguments.out) if arguments.out else None,
-            vocab_size=arguments.vocab_size,
-            tokenizer=arguments.tokenizer,
-            val_fraction=arguments.val_fraction,
-            text_field=arguments.text_field,
-            progress=progress,
-        )
-    finally:
-        progress.close()
-    _show({"folder": str(done.dir), "reused": done.reused, **describe(done.dir)}, as_json=arguments.json)
-    return 0
+        code: int = getattr(module, f"{words[0]}_")(words[1:])
+    except UserError as error:
+        raise UserError(_in_own_words(str(error))) from None
+    return code
 
 
-def _inspect(words: Sequence[str]) -> int:
-    parser = Parser("data inspect", "Show what a prepared folder holds.", "poise data inspect notes-tokens")
-    parser.add_argument("folder", help="a folder that poise data prepare wrote")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    arguments = parser.parse_args(list(words))
+def parsed(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    """Return the options; for an unknown one name the nearest.
 
-    from poise.data.inspect import describe
+    Raises:
+        UserError: an unknown option, or a bad value.
+    """
+    parser.description = textwrap.fill(parser.description or "", 100)
+    arguments, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        hint = nearest(unknown[0].partition("=")[0], known) if unknown[0].startswith("-") else ""
+        raise UserError(f"unknown argument '{unknown[0]}'{hint}; see {parser.prog} --help")
+    return arguments
 
-    _show(describe(Path(arguments.folder)), as_json=arguments.json)
-    return 0
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """Return a type of argument: one of some words."""
+    known = tuple(names)
+
+    def check(word: str) -> str:
+        if word not in known:
+            raise argparse.ArgumentTypeError(f"'{word}' is none of {', '.join(known)}{nearest(word, known)}")
+        return word
+
+    return check
 
 
-def _show(figures: dict[str, object], *, as_json: bool) -> None:
+def count(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return a type of argument: a whole number from ``least`` to ``most``."""
+
+    def check(word: str) -> int:
+        try:
+            number = int(word)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"'{word}' is no whole number from {least} to {most:,}")
+        return number
+
+    return check
+
+
+def reading(manifest: Mapping[str, Any]) -> dict[str, object]:
+    """Return what was changed or found wrong in reading the sources: nothing of it may stay unseen."""
+    names = ("damaged", "converted", "removed", "repaired", "duplicate_ids")
+    return {name: manifest[name] for name in names if manifest.get(name)}
+
+
+def plain(text: str) -> str:
+    """Return a name in one line, whatever is in it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def show(figures: dict[str, object], *, as_json: bool) -> None:
+    """Print figures: as JSON, or one a line."""
     if as_json:
         print(json.dumps(figures, indent=2, default=str))
         return
-    flat = _flat(figures)
+    flat = {plain(name): value for name, value in _flat(figures).items()}
     width = max(map(len, flat))
     for name, value in flat.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        print(f"{name.replace('_', ' '):<{width}}  {shown}")
+        print(f"{name.replace('_', ' '):<{width}}  {_shown(value, width + 2)}".rstrip())
+
+
+def table(rows: Sequence[Sequence[object]]) -> Iterable[str]:
+    """Return rows as aligned lines; numbers to the right."""
+    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row, raw in zip(cells, rows, strict=True):
+        parts = [
+            f"{cell:>{width}}" if isinstance(value, int | float) else f"{cell:<{width}}"
+            for cell, width, value in zip(row, widths, raw, strict=True)
+        ]
+        yield "  ".join(parts).rstrip()
+
+
+def _shown(value: object, indent: int) -> str:
+    """Return a value as text; what a list holds, one a line."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{str(key).replace('_', ' ')} {_shown(inner, indent)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return f"\n{' ' * indent}".join(_shown(inner, indent) for inner in value)
+    return plain(str(value))
+
+
+def _in_own_words(message: str) -> str:
+    for key, option in _OPTIONS:
+        message = message.replace(key, option)
+    return message
 
 
 def _flat(figures: dict[str, object], prefix: str = "") -> dict[str, object]:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)}; see poise --help")
         return int(importlib.import_module(COMMANDS[name][0]).main(words[1:]))
     except UserError as error:
-        print(f"poise{' ' + name if name in COMMANDS else ''}: {error}", file=sys.stderr)
+        print(f"poise{' ' + name if name in COMMANDS else ''}: {_one_line(str(error))}", file=sys.stderr)
         return USAGE_ERROR
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("poise"):
@@ -63,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         mend = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
         print(f"poise {name}: {where}{error.strerror or error}; {mend}, then try again", file=sys.stderr)
         return USAGE_ERROR
+
+
+def _one_line(text: str) -> str:
+    """Return a message without what would break its line or steer a terminal: a path may hold anything."""
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def _help() -> str:

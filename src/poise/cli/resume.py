@@ -9,6 +9,7 @@ from pathlib import Path
 
 from poise.cli.args import Parser, parse
 from poise.cli.train import finish
+from poise.core.errors import UserError
 
 
 def main(words: Sequence[str]) -> int:
@@ -20,14 +21,28 @@ def main(words: Sequence[str]) -> int:
         "poise resume runs/nano",
     )
     parser.add_argument("run", help="the run folder that poise train wrote")
+    parser.add_argument(
+        "--drop-samples", nargs="+", default=[], metavar="A-B", help="never show these samples again (poise blame)"
+    )
+    parser.add_argument(
+        "--drop-documents", nargs="+", type=int, default=[], metavar="N", help="leave these documents out of the loss"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     arguments, over = parse(parser, words)
     folder = Path(arguments.run)
 
     from poise.cli.terminal import Terminal
+    from poise.train.drop import Drop
     from poise.train.run import read_recipe, resume
 
-    outcome = resume(folder, over, observers=[Terminal()], command=shlex.join(["poise", "resume", *words]))
+    ranges = [_range(text) for text in arguments.drop_samples]
+    outcome = resume(
+        folder,
+        over,
+        observers=[Terminal()],
+        command=shlex.join(["poise", "resume", *words]),
+        drop=Drop(tuple(ranges), tuple(arguments.drop_documents)),
+    )
     if outcome is None:
         steps = read_recipe(folder, over).train.steps
         if arguments.json:
@@ -39,3 +54,11 @@ def main(words: Sequence[str]) -> int:
             )
         return 0
     return finish(outcome, folder, as_json=arguments.json)
+
+
+def _range(text: str) -> tuple[int, int]:
+    """Return the first and last sample of ``A-B`` or ``A``."""
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        raise UserError(f"'{text}' is no range of samples; write 960-1023, or one number")
+    return int(first), int(last) if dash else int(first)

@@ -1,6 +1,6 @@
 """What a guard can ask of whoever owns the training loop.
 
-``Host`` is what every host offers. ``Mender`` and ``Rewinder`` are what some hosts offer besides; a guard asks
+``Host`` is what every host offers. ``Mender``, ``Curator`` and ``Rewinder`` are what some offer besides; a guard asks
 ``isinstance(host, Mender)`` and does without where it is not. All ranks call a method together.
 """
 
@@ -54,6 +54,15 @@ class Mender(Protocol):
 
     def raise_precision(self, places: Sequence[str]) -> None:
         """Compute ``places`` in fp32 from now on."""
+        ...
+
+
+@runtime_checkable
+class Curator(Protocol):
+    """A host that knows which documents its samples show."""
+
+    def drop_documents(self, documents: Sequence[int]) -> None:
+        """Leave these documents, by their numbers in the training text, out of the loss from the next step on."""
         ...
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from poise.core.errors import UserError
+from poise.core.lock import claim
 
 Record = dict[str, Any]
 
@@ -29,6 +30,7 @@ FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
     "save": ("step", "path"),
     "restart": ("step", "reason"),
     "rollback": ("step", "to"),
+    "drop": ("step",),
     "layers": ("step", "readings"),
     "linears": ("step", "readings"),
     "verdict": ("step", "cause", "certainty", "evidence"),
@@ -50,7 +52,7 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
-        if not _lock(self._file):
+        if not claim(self._file):
             self._file.close()
             raise UserError(f"another process is writing to '{self.path}'; wait for it or stop it first")
         _end_torn_line(self.path)
@@ -84,16 +86,20 @@ def to_json(value: Any) -> str:
 
 def read(path: str | Path) -> list[Record]:
     """Return all records in the order they were written; a torn or foreign line is left out."""
-    records: list[Record] = []
     with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("type"), str) and record["type"] in FIELDS:
-                records.append(_decode(record))
-    return records
+        return [record for line in file if (record := parse_line(line)) is not None]
+
+
+def parse_line(line: str | bytes) -> Record | None:
+    """Return the record that a line holds; ``None`` for a torn or foreign line."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    if isinstance(record, dict) and isinstance(record.get("type"), str) and record["type"] in FIELDS:
+        decoded: Record = _decode(record)
+        return decoded
+    return None
 
 
 def timeline(records: Iterable[Record]) -> list[Record]:
@@ -117,21 +123,6 @@ def timeline(records: Iterable[Record]) -> list[Record]:
             while kept and kept[-1]["step"] > record["to"]:
                 kept.pop()
     return kept
-
-
-def _lock(file: TextIO) -> bool:
-    """Claim the file for this process until it is closed; two writers would tear a run apart."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def _end_torn_line(path: Path) -> None:

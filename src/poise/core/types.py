@@ -25,12 +25,16 @@ class Batch:
     Attributes:
         inputs: token ids, (B, T) int64.
         targets: the next token at each position, (B, T) int64; ``IGNORE`` where it does not count.
-        samples: the B global sample numbers: with the seed they name the documents of each row.
+        samples: the B global sample numbers: with the seed they name the documents of each row. Where samples are cut
+            into shorter sequences a number comes several times, once for each.
+        documents: which document of its row each position is in, (B, T) int32, rising from 0; ``None`` where
+            attention is not kept inside documents.
     """
 
     inputs: Tensor
     targets: Tensor
     samples: tuple[int, ...]
+    documents: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,10 +220,15 @@ class Rollback(Decision):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropData(Decision):
-    """Never show samples ``first`` to ``last`` (inclusive) again, and do not take this step."""
+    """Never show samples ``first`` to ``last`` (inclusive) again, and do not take this step.
+
+    ``documents`` are left out of the loss, by their numbers in the training text, wherever they come; with a ``last``
+    below ``first`` only they are.
+    """
 
     first: int
     last: int
+    documents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

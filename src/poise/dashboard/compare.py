@@ -14,14 +14,11 @@ from poise.core.errors import UserError
 from poise.core.journal import Record, timeline
 from poise.dashboard import curves
 from poise.dashboard.curves import Line
-from poise.dashboard.figures import ZOOM, Figure, edge_marks, fault_marks, frame, label, trace
+from poise.dashboard.figures import RUN_COLOURS, ZOOM, Figure, edge_marks, fault_marks, frame, label, trace
 from poise.dashboard.incidents import Fault
 from poise.dashboard.page import Page
 from poise.dashboard.summary import LAST_STEPS, Summary, newest, outcome, summarise
 from poise.dashboard.text import MISSING, escape, number
-
-COLOURS: Final = 6
-"""Colours of runs in the palette; further runs begin again with another dash."""
 
 _DASHES: Final = ("solid", "dash", "dot")
 
@@ -143,7 +140,7 @@ def _figure(read: Sequence[tuple[str, Sequence[Record], Summary]]) -> Figure:
 
 
 def _run_traces(i: int, name: str, every: Line, smoothed: Line, high: float) -> list[dict[str, Any]]:
-    colour, dash = _colour(i), _DASHES[i // COLOURS % len(_DASHES)]
+    colour, dash = _colour(i), _DASHES[i // RUN_COLOURS % len(_DASHES)]
     raw = trace(every.finite().thinned(), name, colour, width=1.0, opacity=0.45, dash=dash)
     mean = trace(smoothed.thinned(), name, colour, width=2.6, dash=dash)
     edges = [{**mark, "showlegend": False} for mark in edge_marks(every, high, colour, at=_lane(i))]
@@ -170,7 +167,7 @@ def _death(i: int, name: str, every: Line, span: tuple[float, float]) -> list[di
 
 
 def _colour(i: int) -> str:
-    return f"$run{i % COLOURS}"
+    return f"$run{i % RUN_COLOURS}"
 
 
 def _lane(i: int) -> float:

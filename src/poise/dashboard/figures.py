@@ -7,7 +7,7 @@ picture wherever one zooms to: the place for values that have none (NaN, infinit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -38,6 +38,9 @@ _MARKS: Final[dict[str, tuple[str, str, str]]] = {
 }
 """Action -> (legend, plotly symbol, colour). Shape and colour both tell them apart."""
 
+RUN_COLOURS: Final = 6
+"""Colours of runs, or of sources, in the palette; further ones begin again."""
+
 _NOTICED: Final = ("event, step taken", "circle-open", "$note")
 
 
@@ -45,6 +48,9 @@ def run_figures(records: Sequence[Record], summary: Summary) -> list[tuple[str, 
     """Return (title, what it shows, figure) for every picture the journal has data for."""
     steps = [r for r in timeline(records) if r["type"] == "step"]
     out = [("Loss", f"nats per token, by training step. {ZOOM}", _loss_figure(records, steps, summary))]
+    if sources := _by_source(steps):
+        said = "nats per token, smoothed: a source whose loss leaves the others' course is where to look first"
+        out.append(("Loss by source", said, _source_figure(sources, summary.faults)))
     for name, title, text, colour, log in (
         ("grad_norm", "Gradient norm", "before clipping, logarithmic scale", "$grad", True),
         ("lr", "Learning rate", "", "$lr", False),
@@ -76,6 +82,23 @@ def _loss_figure(records: Sequence[Record], steps: Sequence[Record], summary: Su
     figure["layout"]["yaxis"].update(range=[low, high])
     figure["layout"]["shapes"] += _rollback_bands(records)
     return figure
+
+
+def _by_source(steps: Sequence[Record]) -> dict[str, Line]:
+    """Return the loss of each source of a mixture, by name; empty where nothing is mixed."""
+    found = [(r["step"], r["source_losses"]) for r in steps if isinstance(r.get("source_losses"), dict)]
+    names = sorted({name for _, losses in found for name in losses})
+    lines = {name: curves.line([{"step": s, name: losses.get(name)} for s, losses in found], name) for name in names}
+    return {name: line.finite() for name, line in lines.items() if len(line.finite())}
+
+
+def _source_figure(sources: Mapping[str, Line], faults: Sequence[Fault]) -> Figure:
+    traces = [
+        trace(Line(line.steps, curves.smooth(line.values)).thinned(), hover(name), f"$run{i % RUN_COLOURS}", width=1.6)
+        for i, (name, line) in enumerate(sources.items())
+    ]
+    steps = np.concatenate([line.steps for line in sources.values()])
+    return frame(traces, faults, (float(steps.min()), float(steps.max())), height=260, labels=False)
 
 
 def _plain_figure(series: Line, name: str, colour: str, log: bool, faults: Sequence[Fault]) -> Figure:

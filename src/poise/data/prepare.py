@@ -1,17 +1,19 @@
-"""From a source of text to prepared data: train or load a tokenizer, split, encode, write, seal.
+"""From text to prepared data: read, clean, judge, encode, write, seal.
 
-The source is read twice when a vocabulary is trained (once for a sample), else once. Two runs over the same
-input write the same bytes; a second run over an unchanged input into the same folder does nothing.
+The sources are read once, block by block (``record``); every block is cleaned and scored on its own (``pipeline``), all
+documents are judged together (``judge``), what is kept is encoded block by block and put together in the order of the
+sources. What is done is kept in a work folder (``work``) until the result is in its place. Two calls with the same
+input write the same bytes, however many processes they use and however often they were interrupted; a call for an
+unchanged input into the same folder does nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
-import re
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,48 +23,41 @@ import pyarrow as pa
 import tokenizers
 
 from poise.core.errors import UserError
-from poise.core.rng import derive
-from poise.data import sources, store
-from poise.data.readers import Document, Tally
+from poise.data import record, sources, store, work
+from poise.data.assemble import assemble, write_dropped
+from poise.data.dedup import exact, minhash
+from poise.data.dedup.ids import Ids
+from poise.data.gather import codes, mapped_signatures, sample
+from poise.data.judge import KEPT, Judgement, judge
+from poise.data.look.odd import quantiles
+from poise.data.naming import fingerprint, place_for
+from poise.data.pipeline import SIGNATURE, Block, Clean, Encode, clean_path, read_batch, stages_of
+from poise.data.readers import Place, Tally
+from poise.data.settings import Settings
 from poise.data.sources import Source
-from poise.data.tokenizer import MIN_VOCAB, SAMPLE_BYTES, Sample, Tokenizer, load, train
-from poise.data.writer import SplitWriter, content_hash, row_of
+from poise.data.tokens.tokenizer import SAMPLE_BYTES, Tokenizer, load, train
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with (stage, done, total): bytes of the source's files, or steps; total is None if unknown."""
+"""Called with (stage, done, total): bytes of the sources' files or of text, or steps; total is None if unknown."""
 
-_SAMPLED_FROM: Final = 2**30  # bytes of the source the tokenizer's sample is taken from
-_BATCH_CHARS: Final = 2**20  # text encoded at once: enough for all cores, little enough for memory
-_BATCH_DOCUMENTS: Final = 1024
+Report = Callable[["Kept"], None]
+
+_CHECKED_BYTES: Final = 10**6  # text on which a fast encoder has to agree
+_WORTH_PROCESSES: Final = 256 * 2**20  # bytes of text from which more processes repay their start
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What decides the contents of prepared data, besides the source.
+class Kept:
+    """What the filters and the search for duplicates leave: known before anything is removed.
 
     Attributes:
-        vocab_size: ids of the trained vocabulary, the end of text included; unused with ``tokenizer``.
-        tokenizer: path of a ``tokenizer.json`` to use instead of training one.
-        val_fraction: share of the documents held out, 0 to 0.5; they are chosen by their content.
-        seed: chooses which documents are held out.
-        text_field: the field or column of JSON lines and Parquet that holds the text.
+        documents, bytes: read, before any was left out.
+        dropped: reason -> (documents, bytes).
     """
 
-    vocab_size: int = 8192
-    tokenizer: str | None = None
-    val_fraction: float = 0.01
-    seed: int = 0
-    text_field: str = "text"
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < MIN_VOCAB:
-            raise UserError(f"vocab_size is {self.vocab_size}; a byte-level vocabulary needs at least {MIN_VOCAB} ids")
-        if self.vocab_size > 2**31 - 1:
-            raise UserError(f"vocab_size is {self.vocab_size}; at most 2**31 - 1 ids have a place in the files")
-        if not 0.0 <= self.val_fraction <= 0.5:
-            raise UserError(f"val_fraction is {self.val_fraction}; give a share from 0 to 0.5, e.g. 0.01")
-        if not self.text_field:
-            raise UserError("text_field is empty; give the name of the field that holds the text, e.g. text")
+    documents: int
+    bytes: int
+    dropped: Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +66,7 @@ class Prepared:
 
     Attributes:
         dir: the folder.
-        manifest: contents of its ``manifest.json``.
+        manifest: contents of its ``manifest.json``; empty after a dry run.
         reused: true if it was there already and nothing was done.
     """
 
@@ -81,220 +76,330 @@ class Prepared:
 
 
 def prepare(
-    source: str,
+    source: str | Sequence[str],
     out: Path | None = None,
+    settings: Settings | None = None,
     *,
-    vocab_size: int = 8192,
-    tokenizer: str | None = None,
-    val_fraction: float = 0.01,
-    seed: int = 0,
-    text_field: str = "text",
+    processes: int = 1,
     progress: Progress | None = None,
+    report: Report | None = None,
+    dry_run: bool = False,
 ) -> Prepared:
-    """Turn ``source`` into prepared data at ``out``; other arguments as in ``Settings``.
+    """Turn text into prepared data at ``out``.
 
-    Without ``out`` the place is ``default_dir``, so that the same text with the same settings is prepared
-    once. A source that is itself a folder of prepared data is opened and ``out`` is not used. The held-out
-    part has at least one document if there are two different ones; a source with a single text has no
-    held-out part. Equal texts are always on the same side.
+    Without ``out`` the place is ``default_dir``, so that the same text with the same settings is prepared once. A
+    source that is itself a folder of prepared data is opened and ``out`` is not used. The held-out part has at
+    least one document if there are two different ones; a source with a single text has no held-out part. Equal texts,
+    and texts that were found to be near-duplicates, are always on the same side.
+
+    Args:
+        source: a source (``sources.resolve``), or several, each ``PATH`` or ``NAME=PATH``.
+        settings: what decides the contents.
+        processes: how many work at once; 0 uses every core where the text is long enough to repay their start. With
+            more than one the calling program needs the usual ``if __name__ == "__main__"``.
+        progress: told how far each stage is.
+        report: told what is going to be left out, and why, before it is.
+        dry_run: stop after the report; a later call goes on from there.
 
     Raises:
-        UserError: no such source, no text in it, too little text for the vocabulary, a bad tokenizer, a
-            damaged file, or a place that cannot be written to or is full.
+        UserError: no such source, no text in it, nothing left of it, too little text for the vocabulary, a bad
+            tokenizer, a damaged file where ``strict``, another process at work there, or a place that cannot be written
+            to or is full.
     """
-    settings = Settings(vocab_size, tokenizer, val_fraction, seed, text_field)
-    if source != sources.STDLIB and store.is_prepared(Path(source).expanduser()):
-        opened = store.open_tokens(source)
-        return Prepared(opened.dir, opened.manifest, True)
-    out = default_dir(source, settings) if out is None else Path(out).expanduser().absolute()
-    found = sources.resolve(source)
-    given = load(tokenizer) if tokenizer is not None else None
-    key = _fingerprint(found, settings, given)
-    if (present := _reusable(out, key)) is not None:
+    given_sources = [source] if isinstance(source, str) else list(source)
+    settings = settings or Settings()
+    if (opened := _already_prepared(given_sources)) is not None:
+        return opened
+    found = sources.resolve_all(given_sources)
+    given = load(settings.tokenizer) if settings.tokenizer is not None else None
+    key = fingerprint(found, settings, given)
+    out = place_for(found, key) if out is None else Path(os.path.realpath(Path(out).expanduser()))
+    if (present := _reusable(out, key)) is not None and not dry_run:
+        work.clear(out, key)
         return present
     store.refuse_foreign(out)
-    with store.staged(out) as folder:
-        manifest = _Preparation(found, settings, folder, progress or (lambda *_: None)).run(given, key)
+    if not processes:
+        size = sum(one.size or 0 for one in found)
+        processes = (os.cpu_count() or 1) if size >= _WORTH_PROCESSES else 1
+    preparation = _Preparation(found, settings, processes, progress or (lambda *_: None), report or (lambda _: None))
+    with work.opened(out, key, keep=dry_run and present is None) as folder:
+        # Another process may have finished it between the look above and the claim on the folder.
+        if not dry_run and (present := _reusable(out, key)) is not None:
+            return present
+        judgement = preparation.judged(folder)
+        if dry_run:
+            return Prepared(out, {}, False)
+        manifest = preparation.written(folder, judgement, given, key)
+        store.publish(folder / "final", out)
     return Prepared(out, manifest, False)
 
 
-def default_dir(source: str, settings: Settings) -> Path:
-    """Return where a source's prepared data goes when no folder is given.
+def default_dir(source: str | Sequence[str], settings: Settings) -> Path:
+    """Return where prepared data goes when no folder is given.
 
-    ``$POISE_CACHE/data/<name>-<hash>``, or ``~/.cache/poise/data/...``; the hash is of the source's listing
-    and the settings. Prepared data as a source is its own place.
+    ``$POISE_CACHE/data/<name>-<hash>``, or ``~/.cache/poise/data/...``; the hash is of the sources' listing and the
+    settings. Prepared data as a source is its own place.
 
     Raises:
         UserError: there is no such source or tokenizer, or no home folder.
     """
-    if source != sources.STDLIB and store.is_prepared(Path(source).expanduser()):
-        return Path(source).expanduser().absolute()
-    found = sources.resolve(source)
+    given_sources = [source] if isinstance(source, str) else list(source)
+    if (opened := _already_prepared(given_sources)) is not None:
+        return opened.dir
+    found = sources.resolve_all(given_sources)
     given = load(settings.tokenizer) if settings.tokenizer is not None else None
-    place = f"{found.description}\n{_fingerprint(found, settings, given)}".encode("utf-8", "replace")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", found.name).strip("-.")[:40] or "data"
-    return _cache() / "data" / f"{name}-{hashlib.blake2b(place, digest_size=6).hexdigest()}"
+    return place_for(found, fingerprint(found, settings, given))
 
 
 class _Preparation:
-    """One pass from text to a sealed folder."""
+    """The passes from text to a sealed folder."""
 
-    def __init__(self, source: Source, settings: Settings, folder: Path, progress: Progress) -> None:
-        self._source, self._settings, self._folder, self._progress = source, settings, folder, progress
-        # For each side the texts with the smallest and the largest key: candidates for moving.
-        self._ends: dict[str, tuple[tuple[int, bytes], tuple[int, bytes]]] = {}
+    def __init__(
+        self, found: Sequence[Source], settings: Settings, processes: int, progress: Progress, report: Report
+    ) -> None:
+        self._sources, self._settings, self._processes = found, settings, processes
+        self._progress, self._report = progress, report
+        self._tally = Tally()
+        self._metas: list[work.Meta] = []
+        self._dropped: Mapping[str, tuple[int, int]] = {}
+        self._duplicate_ids = 0
 
-    def run(self, given: Tokenizer | None, fingerprint: str) -> dict[str, Any]:
-        tokenizer = given or self._train()
-        (self._folder / store.TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8", newline="\n")
-        tally = Tally(on_read=lambda done: self._progress("encoding", done, self._source.size))
-        splits = self._encode(tokenizer, tally)
-        settings = asdict(self._settings) | {"tokenizer": "given" if given else "trained"}
-        if given:
-            settings["vocab_size"] = None
-        self._progress("sealing", 0, 1)
-        manifest = store.seal(
-            self._folder,
-            {
-                "source": {
-                    "name": self._source.name,
-                    "description": self._source.description.encode("utf-8", "replace").decode(),
-                    "files": len(self._source.files),
-                    "fingerprint": fingerprint,
-                },
-                "settings": settings,
-                "tokenizer": {
-                    "vocab_size": tokenizer.vocab_size,
-                    "end_of_text": tokenizer.end_of_text,
-                    "hash": tokenizer.hash(),
-                },
-                "dtype": store.token_dtype(tokenizer.vocab_size).name,
-                "splits": {
-                    name: {"documents": w.documents, "tokens": w.tokens, "bytes": w.bytes} for name, w in splits.items()
-                },
-                "replaced_bytes": sum(w.replaced_bytes for w in splits.values()),
-                "skipped": self._skipped(tally),
-                "libraries": {
-                    "python": platform.python_version(),
-                    "numpy": np.__version__,
-                    "pyarrow": pa.__version__,
-                    "tokenizers": tokenizers.__version__,
-                },
-            },
+    # -- reading and cleaning ----------------------------------------------------------------------------------
+
+    def judged(self, folder: Path) -> Judgement:
+        """Read, clean and judge everything; report what will be left out."""
+        for meta in _committed(folder):
+            self._took(meta)
+        done = folder / "read.json"
+        finished = work.committed(done)
+        if finished is None or finished["blocks"] != len(self._metas):
+            settings = self._settings
+            shutil.rmtree(folder / "tokens", ignore_errors=True)  # of blocks that have been lost since
+            clean = Clean(folder, stages_of(settings), settings.dedup == "near", settings.minhash)
+            try:
+                for meta in work.spread(clean, self._blocks(), self._processes):
+                    self._took(meta)
+            except UserError as error:
+                if self._metas:
+                    raise work.UnfinishedError(f"{error}{store.goes_on(folder)}") from None
+                raise
+            facts = {"blocks": len(self._metas), "tally": self._tally.state()}
+            work.commit(done, facts, lambda path: path.write_text("all blocks are there", encoding="utf-8"))
+        else:
+            self._tally = Tally.of(finished["tally"])
+        if not any(meta["rows"] for meta in self._metas):
+            raise self._no_text()
+        return self._judge(folder)
+
+    def _took(self, meta: work.Meta) -> None:
+        """Note a cleaned block; only the last one's tally is needed, and it may be long."""
+        if self._metas:
+            self._metas[-1].pop("tally", None)
+        self._metas.append(meta)
+
+    def _blocks(self) -> Iterator[Block]:
+        """Read the sources from where the blocks that are there end."""
+        number, begin, place, settings = len(self._metas), 0, None, self._settings
+        if self._metas:
+            last = self._metas[-1]
+            begin, place = last["source"], Place(*last["place"])
+            self._tally = Tally.of(last["tally"])
+        before = sum(one.size or 0 for one in self._sources[:begin])
+        total = None if any(one.size is None for one in self._sources) else sum(one.size or 0 for one in self._sources)
+        for index in range(begin, len(self._sources)):
+            one = self._sources[index]
+            start = place if index == begin else None
+            self._tally.on_read = _shifted(self._progress, before, total)
+            documents = sources.documents(
+                one, settings.text_field, self._tally, start=start, strict=settings.strict, repair=settings.repair
+            )
+            for group in record.groups(documents):
+                meta = {"source": index, "place": list(group[-1].place or ()), "tally": self._tally.state()}
+                yield Block(number, record.of(group), meta)
+                number += 1
+            before += one.size or 0
+
+    # -- judging -----------------------------------------------------------------------------------------------
+
+    def _judge(self, folder: Path) -> Judgement:
+        """Gather the columns that are judged together, judge them, and report."""
+        blocks, done, total = len(self._metas), 0, sum(meta["bytes"] for meta in self._metas)
+        names: dict[str, int] = {"": KEPT}
+        reasons, hashes = [], []
+        near, ids = self._settings.dedup == "near", Ids()
+        (folder / "judge").mkdir(exist_ok=True)
+        signatures_path = folder / "judge" / "signatures"
+        with signatures_path.open("wb") as signatures:
+            for number in range(blocks):
+                batch = read_batch(clean_path(folder, number))
+                reasons.append(codes(batch.column(record.REASON), names))
+                hashes.append(exact.from_binary(batch.column("content_hash")))
+                if near:
+                    rows = batch.column(SIGNATURE).filter(pa.array(reasons[-1] == KEPT))
+                    signatures.write(b"".join(rows.to_pylist()))
+                for source, name in _named(batch):
+                    ids.add(source, name)
+                done += self._metas[number]["bytes"]
+                self._progress("looking for duplicates", done, total)
+        self._duplicate_ids = ids.duplicates()
+        judgement = judge(
+            folder,
+            self._settings,
+            [meta["rows"] for meta in self._metas],
+            np.concatenate(reasons),
+            list(names),
+            np.concatenate(hashes),
+            mapped_signatures(signatures_path) if near else None,
         )
+        signatures_path.unlink()
+        kept = self._kept(folder, judgement)
+        self._dropped = kept.dropped
+        self._report(kept)
+        if sum(documents for documents, _ in kept.dropped.values()) == kept.documents:
+            took = ", ".join(f"{reason} took {count:,}" for reason, (count, _) in kept.dropped.items())
+            raise UserError(f"nothing is left of {kept.documents:,} documents: {took}; use other filters")
+        return judgement
+
+    def _kept(self, folder: Path, judgement: Judgement) -> Kept:
+        documents, size = Counter[int](), Counter[int]()
+        for number in range(len(self._metas)):
+            reason = judgement.block(number).reason
+            sizes = np.asarray(read_batch(clean_path(folder, number)).column("bytes"))
+            for code in np.unique(reason).tolist():
+                documents[code] += int((reason == code).sum())
+                size[code] += int(sizes[reason == code].sum())
+        dropped = {judgement.reasons[code]: (documents[code], size[code]) for code in sorted(documents) if code != KEPT}
+        most_first = sorted(dropped.items(), key=lambda item: (-item[1][0], item[0]))
+        return Kept(sum(documents.values()), sum(size.values()), dict(most_first))
+
+    # -- tokens ------------------------------------------------------------------------------------------------
+
+    def written(self, folder: Path, judgement: Judgement, given: Tokenizer | None, key: str) -> dict[str, Any]:
+        """Encode what is kept and put it together in ``final``; return the manifest."""
+        tokenizer = self._tokenizer(folder, judgement, given)
+        threads = 1 if self._processes > 1 else None
+        encode = Encode(folder, tokenizer.hash(), tokenizer.is_fast, self._settings, threads)
+        done, total = 0, sum(meta["bytes"] for meta in self._metas)
+        self._progress("encoding", 0, total)
+        for number, _ in enumerate(work.spread(encode, range(len(self._metas)), self._processes)):
+            done += self._metas[number]["bytes"]
+            self._progress("encoding", done, total)
+        final = folder / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir()
+        shutil.copyfile(folder / store.TOKENIZER, final / store.TOKENIZER)
+        dtype = store.token_dtype(tokenizer.vocab_size)
+        counts = assemble(folder, final, self._metas, self._sources, dtype, self._progress)
+        write_dropped(folder, final, len(self._metas), judgement)
+        counts["dropped"] = {
+            reason: {"documents": documents, "bytes": size}
+            for reason, (documents, size) in sorted(self._dropped.items())
+        }
+        counts["quantiles"] = quantiles(store.documents_table(final, "train"))
+        self._progress("sealing", 0, 1)
+        manifest = store.seal(final, self._manifest(tokenizer, given, key) | counts)
         self._progress("sealing", 1, 1)
         return manifest
 
-    def _train(self) -> Tokenizer:
-        """Train a vocabulary on a sample of the first gigabyte of text."""
-        total = self._source.size
-        limit = None if total is None else min(total, _SAMPLED_FROM)
-        tally = Tally(on_read=lambda done: self._progress("sampling", min(done, limit or done), limit))
-        sample, read = Sample(SAMPLE_BYTES), 0
-        for document in sources.documents(self._source, self._settings.text_field, tally):
-            sample.offer(int.from_bytes(content_hash(document.text), "big"), document.text)
-            read += len(document.text)
-            if read >= _SAMPLED_FROM:
-                break
-        if not read:
-            raise self._no_text(tally)
-        self._progress("training tokenizer", 0, 1)
-        tokenizer = train(sample.texts(), self._settings.vocab_size)
-        self._progress("training tokenizer", 1, 1)
+    def _tokenizer(self, folder: Path, judgement: Judgement, given: Tokenizer | None) -> Tokenizer:
+        """Return the tokenizer, trained on the kept texts with the smallest hashes where none is given."""
+        path = folder / store.TOKENIZER
+        if work.committed(path) is None:
+            tokenizer = given
+            if tokenizer is None:
+                self._progress("training tokenizer", 0, 1)
+                texts = sample(folder, judgement, len(self._metas), SAMPLE_BYTES)
+                tokenizer = train(texts, self._settings.vocab_size, self._settings.all_special_tokens)
+                self._progress("training tokenizer", 1, 1)
+            text = tokenizer.to_json()
+            work.commit(path, {}, lambda aside: aside.write_text(text, encoding="utf-8", newline="\n"))
+        tokenizer = load(path)
+        tokenizer.accelerate(sample(folder, judgement, len(self._metas), _CHECKED_BYTES))
         return tokenizer
 
-    def _encode(self, tokenizer: Tokenizer, tally: Tally) -> dict[str, SplitWriter]:
-        """Write every document to its side."""
-        dtype = store.token_dtype(tokenizer.vocab_size)
-        writers = {name: SplitWriter(self._folder, name, dtype) for name in store.SPLITS}
-        end = np.array([tokenizer.end_of_text], np.uint32)
-        try:
-            for batch in _batches(sources.documents(self._source, self._settings.text_field, tally)):
-                for document, ids in zip(batch, tokenizer.encode([d.text for d in batch]), strict=True):
-                    digest = content_hash(document.text)
-                    side = writers[self._side(digest)]
-                    side.add(np.concatenate([ids, end]), row_of(document, digest))
-            for writer in writers.values():
-                writer.close()
-        except BaseException:
-            for writer in writers.values():
-                writer.abandon()
-            raise
-        if not any(writer.documents for writer in writers.values()):
-            raise self._no_text(tally)
-        moved = self._to_move({name: writer.documents for name, writer in writers.items()})
-        return writers if moved is None else self._move(*moved, dtype)
+    def _manifest(self, tokenizer: Tokenizer, given: Tokenizer | None, key: str) -> dict[str, Any]:
+        settings = asdict(self._settings) | {"tokenizer": "given" if given else "trained"}
+        if given:
+            settings["vocab_size"] = None
+        return {
+            "source": {
+                "name": "+".join(each.name for each in self._sources),
+                "description": "; ".join(e.description.encode("utf-8", "replace").decode() for e in self._sources),
+                "files": sum(len(each.files) for each in self._sources),
+                "fingerprint": key,
+            },
+            "settings": settings,
+            "tokenizer": {
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text": tokenizer.end_of_text,
+                "hash": tokenizer.hash(),
+                "notes": list((given or tokenizer).notes),
+            },
+            "dtype": store.token_dtype(tokenizer.vocab_size).name,
+            "read": {
+                "documents": sum(meta["rows"] for meta in self._metas),
+                "bytes": sum(meta["read"] for meta in self._metas),
+                "bytes_after_cleaning": sum(meta["bytes"] for meta in self._metas),
+            },
+            "replaced_bytes": self._tally.replaced_bytes,
+            "skipped": self._skipped(),
+            "damaged": list(self._tally.damaged),
+            "converted": dict(sorted(self._tally.converted.items())),
+            "removed": dict(sorted(self._tally.removed.items())),
+            "repaired": self._tally.repaired,
+            "duplicate_ids": self._duplicate_ids,
+            "libraries": {
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                "pyarrow": pa.__version__,
+                "tokenizers": tokenizers.__version__,
+                "encoder": tokenizer.encoder,
+                "minhash": minhash.backend_of(self._settings.minhash) if self._settings.dedup == "near" else None,
+            },
+        }
 
-    def _side(self, digest: bytes) -> str:
-        """Return the side of a text: a pure function of the text and the seed."""
-        key = derive(self._settings.seed, "held-out", digest.hex())
-        side = "val" if key < self._settings.val_fraction * 2**63 else "train"
-        mark = (key, digest)
-        low, high = self._ends.get(side, (mark, mark))
-        self._ends[side] = (min(low, mark), max(high, mark))
-        return side
+    def _skipped(self) -> dict[str, int]:
+        listed = sum((Counter(one.skipped) for one in self._sources), Counter[str]())
+        return dict(sorted((self._tally.skipped + listed).items()))
 
-    def _to_move(self, counts: Mapping[str, int]) -> tuple[str, bytes] | None:
-        """Return (side it leaves, content hash) of the text that must move because a side has none."""
-        if not counts["train"]:
-            return "val", self._ends["val"][1][1]
-        if not counts["val"] and self._settings.val_fraction > 0:
-            low, high = self._ends["train"]
-            return ("train", low[1]) if low != high else None
-        return None
-
-    def _move(self, side: str, digest: bytes, dtype: np.dtype[np.unsignedinteger]) -> dict[str, SplitWriter]:
-        """Write both sides anew with one text on the other side; only ever done when that side is empty."""
-        again = self._folder / "again"
-        again.mkdir()
-        other = "train" if side == "val" else "val"
-        writers = {name: SplitWriter(again, name, dtype) for name in store.SPLITS}
-        ids = np.memmap(self._folder / f"{side}.bin", dtype, "r")
-        with pa.memory_map(str(self._folder / f"{side}.docs.arrow")) as file:
-            for batch in pa.ipc.open_file(file).read_all().to_batches():
-                for row in batch.to_pylist():
-                    span = ids[row["token_start"] : row["token_start"] + row["token_length"]]
-                    writers[other if row["content_hash"] == digest else side].add(span, row)
-        for writer in writers.values():
-            writer.close()
-        del ids
-        for path in sorted(again.iterdir()):
-            path.replace(self._folder / path.name)
-        again.rmdir()
-        return writers
-
-    def _skipped(self, tally: Tally) -> dict[str, int]:
-        return dict(sorted((tally.skipped + type(tally.skipped)(self._source.skipped)).items()))
-
-    def _no_text(self, tally: Tally) -> UserError:
-        skipped = self._skipped(tally)
+    def _no_text(self) -> UserError:
+        skipped = self._skipped()
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-        what = self._source.description
+        what = ", ".join(one.description for one in self._sources)
         if any(reason.startswith("no text field") for reason in skipped):
-            fields = ", ".join(map(str, tally.fields)) or "none"
+            fields = ", ".join(map(str, self._tally.fields)) or "none"
             return UserError(f"no text in '{what}' ({why}; its fields: {fields}); use --data.text_field NAME")
         return UserError(f"no text in '{what}' ({why or 'it is empty'}); give a file or folder with text in it")
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_CHARS or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _committed(folder: Path) -> Iterator[work.Meta]:
+    """Yield the descriptions of the cleaned blocks that are whole, up to the first that is not."""
+    number = 0
+    while (meta := work.committed(clean_path(folder, number))) is not None:
+        yield meta
+        number += 1
 
 
-def _fingerprint(source: Source, settings: Settings, given: Tokenizer | None) -> str:
-    """Return a hash of everything the result depends on."""
-    facts = asdict(settings) | {"source": source.fingerprint(), "version": store.VERSION}
-    if given is not None:
-        facts |= {"tokenizer": given.hash(), "vocab_size": None}
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _named(batch: pa.RecordBatch) -> Iterator[tuple[str, str]]:
+    """Yield (source, id) of the documents that have an id."""
+    if batch.column("id").null_count < batch.num_rows:
+        source = batch.column("source")[0].as_py()
+        yield from ((source, name) for name in batch.column("id").drop_null().to_pylist())
+
+
+def _shifted(progress: Progress, before: int, total: int | None) -> Callable[[int], None]:
+    return lambda done: progress("reading and cleaning", before + done, total)
+
+
+def _already_prepared(given: Sequence[str]) -> Prepared | None:
+    """Return the only source where it is a folder of prepared data."""
+    prepared = [one for one in given if one != sources.STDLIB and store.is_prepared(Path(one).expanduser())]
+    if not prepared:
+        return None
+    if len(given) > 1:
+        raise UserError(f"'{prepared[0]}' is prepared already and cannot go together with others; give its text")
+    opened = store.open_tokens(prepared[0])
+    return Prepared(opened.dir, opened.manifest, True)
 
 
 def _reusable(out: Path, fingerprint: str) -> Prepared | None:
@@ -305,12 +410,3 @@ def _reusable(out: Path, fingerprint: str) -> Prepared | None:
         return None
     same = opened.manifest["source"]["fingerprint"] == fingerprint
     return Prepared(opened.dir, opened.manifest, True) if same else None
-
-
-def _cache() -> Path:
-    if place := os.environ.get("POISE_CACHE"):
-        return Path(place).expanduser().absolute()
-    try:
-        return Path.home() / ".cache" / "poise"
-    except RuntimeError:
-        raise UserError("there is no home folder for the cache; give --data.dir PATH or set POISE_CACHE") from None

@@ -1,7 +1,11 @@
-"""Where text comes from: files, folders, the Python standard library, a Hugging Face data set.
+"""Where text comes from: files, folders, remote folders, the Python standard library, a Hugging Face data set.
 
-``resolve`` lists a source without reading it; ``documents`` reads it, always in the same order. Nothing here
-keeps more than one document in memory.
+``resolve`` lists a source without reading it, ``resolve_all`` several; ``documents`` reads one, always in the same
+order. Nothing here keeps more than one document in memory.
+
+Every document carries its ``place``: ``documents(source, field, tally, start=document.place)`` yields exactly what
+comes after it. With ``Tally.of(state)``, where ``state`` is the ``tally.state()`` taken when the document was handed
+out (or after the last one), the counts go on as well.
 """
 
 from __future__ import annotations
@@ -9,41 +13,34 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-import stat
+import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final
+
+import pyarrow as pa
 
 from poise.core.errors import UserError, nearest
-from poise.data.readers import Document, Tally, clean, read_jsonl, read_parquet, read_text
+from poise.data.listing import TOPICS, UNKNOWN_SIZE, list_file, list_folder, list_remote, list_stdlib
+from poise.data.readers import Document, Place, Tally, clean, read_arrow, read_json, read_jsonl, read_parquet, read_text
+from poise.data.readers.encoding import repair as repaired
+from poise.data.readers.encoding import tidy
+from poise.data.readers.hub import read_hub
+from poise.data.readers.stream import Damaged, Job, Kind, SourceFile, first_line
+from poise.data.readers.warc import read_warc
+
+__all__ = ["STDLIB", "Kind", "Place", "Source", "SourceFile", "documents", "resolve", "resolve_all"]
 
 STDLIB: Final = "stdlib"
 """Name of the source that is on every machine: the Python standard library's own sources."""
 
-Kind = Literal["text", "jsonl", "parquet", "topics"]
-
 _MAX_PIECE: Final = 2**20
 _MIN_PIECE: Final = 2**12
 _PIECES: Final = 64
-# Test data is not prose or code; encodings/ is tables of characters.
-_STDLIB_LEFT_OUT: Final = frozenset(
-    {"__pycache__", "dist-packages", "encodings", "idle_test", "site-packages", "test", "tests"}
-)
-_TOPICS: Final = "pydoc_data/topics.py"
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One file of a source; ``origin`` is its path relative to the source's root, with forward slashes."""
-
-    path: Path
-    origin: str
-    kind: Kind
-    size: int
-    mtime_ns: int
+_NAMED: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*)=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,8 @@ class Source:
     @property
     def size(self) -> int | None:
         """Bytes of all files as they are on disk; None where that cannot be known beforehand."""
-        return None if self.hub else sum(file.size for file in self.files)
+        sizes = [file.size for file in self.files]
+        return None if self.hub or UNKNOWN_SIZE in sizes else sum(sizes)
 
     @property
     def piece(self) -> int:
@@ -76,7 +74,7 @@ class Source:
         At most 1 MiB, and at most a 64th of all plain text but not under 4 KiB: a corpus of one or two
         files has documents enough for a held-out part of about the size asked for.
         """
-        text = sum(file.size for file in self.files if file.kind == "text")
+        text = sum(file.size for file in self.files if file.kind in ("text", "json"))
         return min(_MAX_PIECE, max(_MIN_PIECE, text // _PIECES))
 
     def fingerprint(self) -> str:
@@ -84,12 +82,13 @@ class Source:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((self.name, self.hub)).encode())
         for file in self.files:
-            digest.update(repr((file.origin, file.kind, file.size, file.mtime_ns)).encode("utf-8", "replace"))
+            facts = (file.origin, file.kind, file.size, file.mtime_ns, file.tag)
+            digest.update(repr(facts).encode("utf-8", "replace"))
         return digest.hexdigest()
 
 
 def resolve(source: str) -> Source:
-    """List a source: ``stdlib``, ``hf:owner/name[:split]``, a file or a folder.
+    """List a source: ``stdlib``, ``hf:owner/name[:split]``, a file, a folder, or an address like ``s3://...``.
 
     In a folder, hidden files and folders (a leading dot), links to folders and folders that hold prepared
     data are left out; everything else is listed, sorted by path.
@@ -97,17 +96,22 @@ def resolve(source: str) -> Source:
     Raises:
         UserError: there is no such source, or it cannot be listed.
     """
+    if not source.strip():
+        raise UserError(f"the name of a source is empty; give a file, a folder, hf:owner/name or {STDLIB}")
     if source == STDLIB:
         return _stdlib(Path(sysconfig.get_path("stdlib")))
+    if "://" in source:
+        name = source.partition("?")[0].rstrip("/").rpartition("/")[2]
+        return Source(name or "root", source, tuple(list_remote(source)))
     if source.startswith("hf:"):
         return _hub(source)
     path = Path(source).expanduser()
     skipped: Counter[str] = Counter()
     try:
         if path.is_dir():
-            files = _walk(path, skipped)
+            files = list_folder(path, skipped)
         elif path.exists():
-            files = [_file(path, path.name)]
+            files = [list_file(path)]
         else:
             near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
             hint = near or f"; give a file, a folder, hf:owner/name or {STDLIB}"
@@ -115,114 +119,155 @@ def resolve(source: str) -> Source:
     except OSError as error:
         raise UserError(f"cannot read '{source}': {error.strerror}; check its permissions") from None
     path = path.absolute()
-    return Source(path.resolve().name or "root", str(path), tuple(files), None, dict(skipped))
+    name = Path(os.path.realpath(path)).name.encode("utf-8", "replace").decode()  # a file name need not be UTF-8
+    return Source(name or "root", str(path), tuple(files), None, dict(skipped))
 
 
-def documents(source: Source, text_field: str, tally: Tally) -> Iterator[Document]:
-    """Yield the documents of a source in reading order; empty ones are counted and left out.
+def resolve_all(sources: Sequence[str]) -> tuple[Source, ...]:
+    """List several sources, each ``NAME=SOURCE`` or what ``resolve`` takes; a name met again gets ``-2``, ``-3``, ...
 
     Raises:
-        UserError: a file is damaged, or cannot be read although it was asked for by name. An unreadable
-            file among others in a folder is counted.
+        UserError: no source, the same place twice, or as ``resolve``.
     """
-    for document in _all_documents(source, text_field, tally):
-        if document.text and not document.text.isspace():
-            yield document
-        else:
+    if not sources:
+        raise UserError(f"no source of text; give a file, a folder, hf:owner/name or {STDLIB}")
+    found: list[Source] = []
+    places: dict[str, str] = {}
+    names: set[str] = set()
+    for text in sources:
+        match = _NAMED.fullmatch(text)
+        name, place = match.groups() if match and not Path(text).exists() else (None, text)
+        key = _place(place)
+        if key in places:
+            raise UserError(
+                f"'{text}' is the same place as '{places[key]}'; give it once (mix weights repeat a source)"
+            )
+        places[key] = text
+        source = resolve(place)
+        # '=' stands between name and weight wherever a source is named.
+        wanted = (name or source.name).replace("=", "-")
+        unique, number = wanted, 1
+        while unique in names:
+            number += 1
+            unique = f"{wanted}-{number}"
+        names.add(unique)
+        found.append(replace(source, name=unique))
+    return tuple(found)
+
+
+def documents(
+    source: Source,
+    text_field: str,
+    tally: Tally,
+    *,
+    start: Place | None = None,
+    strict: bool = False,
+    repair: bool = False,
+) -> Iterator[Document]:
+    """Yield the documents of a source in reading order; empty ones are counted and left out.
+
+    NULs and control characters are removed, CR LF becomes LF; ``tally`` counts that, and what was skipped or damaged.
+
+    Args:
+        source: what to read.
+        text_field: field or column of records that holds the text.
+        tally: counts.
+        start: the ``place`` of a document; only what follows it is read.
+        strict: a damaged, vanished or unreadable file is an error; else what can be read of it is used, and the file
+            is counted (a damaged one by name).
+        repair: turn UTF-8 that was read as cp1252 back where that is nearly certain (``encoding.repair``).
+
+    Raises:
+        UserError: with ``strict`` as above; in any case if a source's only file is gone or unreadable, if a disk, a
+            network or a remote store fails, and if a package for the kind of file is missing.
+    """
+    if start is not None and tally.over == source.name:
+        return
+    for document in _all_documents(source, text_field, tally, start, strict):
+        text = tidy(document.text, tally)
+        if repair and (mended := repaired(text)) != text:
+            tally.repaired, text = tally.repaired + 1, mended
+        if not text or text.isspace():
             tally.skip("empty document")
+            continue
+        tally.replaced_bytes += document.replaced_bytes
+        yield document if text is document.text else replace(document, text=text)
+    tally.ended = source.name
 
 
-def _all_documents(source: Source, text_field: str, tally: Tally) -> Iterator[Document]:
+def _all_documents(
+    source: Source, text_field: str, tally: Tally, start: Place | None, strict: bool
+) -> Iterator[Document]:
+    start = start or Place(0, 0, 0)
     if source.hub:
-        yield from _hub_documents(source, text_field, tally)
-    base = 0
-    for file in source.files:
-        if len(source.files) > 1 and not os.access(file.path, os.R_OK):
-            tally.skip("unreadable file")
-        elif file.size == 0:
-            tally.skip("empty file")
-        elif file.kind == "jsonl":
-            yield from read_jsonl(file.path, file.origin, source.name, text_field, tally, base)
-        elif file.kind == "parquet":
-            yield from read_parquet(file.path, file.origin, source.name, text_field, tally, base)
-        elif file.kind == "topics":
-            yield from _topics(source.name)
-        else:
-            yield from read_text(file.path, file.origin, source.name, source.piece, tally, base)
-        base += file.size
+        yield from read_hub(*source.hub, source.name, text_field, tally, start.number)
+    base, piece = 0, source.piece
+    for index, file in enumerate(source.files):
+        if index >= start.file:
+            done = start[1:] if index == start.file else (0, 0)
+            job = Job(file, index, source.name, text_field, piece, tally, base, *done)
+            if file.size == 0:
+                tally.skip("empty file")
+            else:
+                yield from _read(job, strict, alone=len(source.files) == 1)
+        base += max(0, file.size)
         tally.reached(base)
 
 
-def _walk(root: Path, skipped: Counter[str]) -> list[SourceFile]:
-    files = []
-
-    def unreadable(error: OSError) -> None:
-        if Path(error.filename) == root:
-            raise error
-        skipped["unreadable folder"] += 1
-
-    for folder, folders, names in os.walk(root, onerror=unreadable):
-        here = Path(folder)
-        folders[:] = [name for name in folders if not name.startswith(".") and not _is_prepared(here / name)]
-        for name in names:
-            if name.startswith("."):
-                continue
-            try:
-                status = (here / name).stat()
-            except OSError:
-                skipped["broken link"] += 1
-                continue
-            if not stat.S_ISREG(status.st_mode):
-                skipped["special file"] += 1
-                continue
-            files.append(_file(here / name, (here / name).relative_to(root).as_posix(), status))
-    return sorted(files, key=lambda file: file.origin)
+def _read(job: Job, strict: bool, alone: bool) -> Iterator[Document]:
+    """Yield the documents of a file, and deal with whatever is wrong with it."""
+    path, tally = job.file.path, job.tally
+    try:
+        yield from _READERS[job.file.kind](job)
+    except FileNotFoundError:
+        if strict or alone:
+            raise UserError(f"'{path}' has gone since the source was listed; put it back or start again") from None
+        tally.skip("vanished file")
+    except PermissionError as error:
+        if strict or alone:
+            raise UserError(f"cannot read '{path}': {error.strerror}; check its permissions") from None
+        tally.skip("unreadable file")
+    except (Damaged, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; Arrow's own have no number
+            raise UserError(f"cannot read '{path}': {error.strerror}; check the disk") from None
+        if strict:
+            raise UserError(f"'{path}' is damaged: {first_line(error)}; fetch it again or remove it") from None
+        tally.skip("damaged file")
+        tally.damaged.append(job.file.origin)
 
 
-def _is_prepared(folder: Path) -> bool:
-    # Only the names are looked at: this runs for every folder of a source.
-    return (folder / "manifest.json").is_file() and (folder / "train.idx").is_file()
+def _topics(job: Job) -> Iterator[Document]:
+    """Yield the texts of Python's ``help()``, which its source file holds as escaped strings."""
+    topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
+    for number, name in enumerate(sorted(topics)):
+        if number >= job.number:
+            text, replaced = clean(topics[name])
+            yield job.document(text, f"{TOPICS}:{name}", 0, replaced, (0, number + 1))
 
 
-def _file(path: Path, origin: str, status: os.stat_result | None = None) -> SourceFile:
-    status = status or path.stat()
-    return SourceFile(path.absolute(), origin, _kind(path), status.st_size, status.st_mtime_ns)
+_READERS: Final[Mapping[Kind, Callable[[Job], Iterator[Document]]]] = {
+    "arrow": read_arrow,
+    "json": read_json,
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+    "text": read_text,
+    "topics": _topics,
+    "warc": read_warc,
+}
 
 
-def _kind(path: Path) -> Kind:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = bool(suffixes) and suffixes[-1] in (".gz", ".zst")
-    suffix = suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
-    # A compressed .json in a corpus is JSON lines by custom (C4, Dolma); a plain one is usually one value.
-    if suffix in (".jsonl", ".ndjson") or (packed and suffix == ".json"):
-        return "jsonl"
-    return "parquet" if suffix == ".parquet" and not packed else "text"
+def _place(source: str) -> str:
+    """Return what is equal for two spellings of one place."""
+    if source == STDLIB or source.startswith("hf:") or "://" in source:
+        return source.rstrip("/")
+    return os.path.realpath(Path(source).expanduser())  # unlike Path.resolve, no error for a loop of links
 
 
 def _stdlib(root: Path) -> Source:
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _STDLIB_LEFT_OUT]
-        for name in names:
-            path = Path(folder, name)
-            # _sysconfigdata*.py is a dump of this machine's build settings.
-            if path.suffix == ".py" and not name.startswith("_sysconfigdata"):
-                file = _file(path, path.relative_to(root).as_posix())
-                if file.origin == _TOPICS:
-                    file = SourceFile(file.path, file.origin, "topics", file.size, file.mtime_ns)
-                files.append(file)
+    files = list_stdlib(root)
     if not files:
         raise UserError(f"this Python has no standard library sources in '{root}'; give --data.source PATH")
-    description = f"sources and documentation of the Python standard library in {root}"
-    return Source(STDLIB, description, tuple(sorted(files, key=lambda file: file.origin)))
-
-
-def _topics(source: str) -> Iterator[Document]:
-    """Yield the texts of Python's ``help()``, which its source file holds as escaped strings."""
-    topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
-    for name in sorted(topics):
-        text, replaced = clean(topics[name])
-        yield Document(text, source, f"{_TOPICS}:{name}", 0, replaced)
+    return Source(STDLIB, f"sources and documentation of the Python standard library in {root}", tuple(files))
 
 
 def _hub(source: str) -> Source:
@@ -230,31 +275,3 @@ def _hub(source: str) -> Source:
     if not name:
         raise UserError(f"'{source}' names no data set; write hf:owner/name or hf:owner/name:split")
     return Source(name, f"Hugging Face data set {name}, split {split or 'train'}", (), (name, split or "train"))
-
-
-def _hub_documents(source: Source, text_field: str, tally: Tally) -> Iterator[Document]:
-    assert source.hub is not None
-    name, split = source.hub
-    for number, row in enumerate(_hub_rows(name, split)):
-        value = row.get(text_field)
-        if isinstance(value, str):
-            text, replaced = clean(value)
-            yield Document(text, source.name, f"{name}/{split}:{number}", 0, replaced)
-        else:
-            tally.missing(text_field, tuple(row))
-
-
-def _hub_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
-    try:
-        hub = importlib.import_module("datasets")
-    except ImportError:
-        raise UserError(
-            f"'hf:{name}' needs the datasets package, which is not installed; pip install 'poise[hf]'"
-        ) from None
-    try:
-        yield from hub.load_dataset(name, split=split, streaming=True)
-    except Exception as error:  # the library raises many kinds: no network, no such name, no such split
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"cannot read 'hf:{name}:{split}': {first}; check the name, the split and the network"
-        ) from None

@@ -2,9 +2,10 @@
 
 ``{train,val}.bin`` raw little-endian token ids (uint16 up to 65,536 ids, else uint32), every document
 followed by the end of text; ``{train,val}.idx`` see ``megatron_index``; ``{train,val}.docs.arrow`` an Arrow
-file whose row number is the document number; ``tokenizer.json``; ``manifest.json`` with counts and the hash
-of every other file. The manifest is written last and the folder is renamed into place: a folder with a
-manifest is whole.
+file whose row number is the document number; ``{train,val}.repeats.bin`` the repeated n-grams (``periodic.REPEAT``
+records); ``tokenizer.json``; ``dropped/`` what was left out, with its reason; ``manifest.json`` with counts and the
+hash of every other file. Tokens of one source stand together. The manifest is written last and the folder is renamed
+into place: a folder with a manifest is whole.
 """
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from poise.core.errors import UserError
+from poise.data.clean.features import FEATURES
 from poise.data.megatron_index import Index, open_index
+from poise.data.tokens.periodic import REPEAT
 
 FORMAT: Final = "poise-data"
-VERSION: Final = 1
+VERSION: Final = 2
 SPLITS: Final = ("train", "val")
 MANIFEST: Final = "manifest.json"
 TOKENIZER: Final = "tokenizer.json"
-FILES: Final = (*(f"{s}.{kind}" for s in SPLITS for kind in ("bin", "idx", "docs.arrow")), TOKENIZER)
-"""Every file of prepared data, the manifest aside."""
+DROPPED: Final = "dropped"
+FILES: Final = (*(f"{s}.{kind}" for s in SPLITS for kind in ("bin", "idx", "docs.arrow", "repeats.bin")), TOKENIZER)
+"""Every file that prepared data must have, the manifest aside."""
 
 DOCUMENT_SCHEMA: Final = pa.schema(
     [
@@ -48,9 +52,20 @@ DOCUMENT_SCHEMA: Final = pa.schema(
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("replaced_bytes", pa.int64(), nullable=False),
+        pa.field("id", pa.string()),
+        pa.field("url", pa.string()),
+        pa.field("cluster", pa.binary(16)),
+        pa.field("cluster_size", pa.int32()),
+        pa.field("repeat_count", pa.int32()),
+        pa.field("repeat_tokens", pa.int32()),
+        pa.field("language", pa.string()),
+        pa.field("scores", pa.struct([pa.field(name, pa.float32()) for name in FEATURES])),
     ]
 )
-"""Columns of ``docs.arrow``: tokens include the end of text; the hash is blake2b-128 of the UTF-8 text."""
+"""Columns of ``docs.arrow``. Tokens include the end of text; the hash is blake2b-128 of the UTF-8 text; ``cluster`` is
+the hash of the text that was kept of its duplicates (null if it has none), ``cluster_size`` how many there were, itself
+included; ``repeat_count`` is the largest number of repeats of an n-gram that is not blank, ``repeat_tokens`` the tokens
+in such repeats."""
 
 _ABANDONED_AFTER: Final = 24 * 3600.0  # seconds after which another machine's unfinished folder is removed
 
@@ -58,6 +73,17 @@ _ABANDONED_AFTER: Final = 24 * 3600.0  # seconds after which another machine's u
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
     """Return the type of the ids in a token file."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What one source fills of a split: ``tokens`` from ``token_start`` on, ``documents`` from ``document_start``."""
+
+    name: str
+    token_start: int
+    tokens: int
+    document_start: int
+    documents: int
 
 
 @dataclass(frozen=True)
@@ -68,13 +94,38 @@ class Split:
         name: ``train`` or ``val``.
         tokens: all ids end to end, (N,).
         index: lengths and positions of the documents.
-        table: the documents, an Arrow table with ``DOCUMENT_SCHEMA``.
+        folder: of the prepared data.
+        repeats: repeated n-grams in the order of their places, (R,) ``periodic.REPEAT``.
+        sources: the sources in their order, with the span of tokens and of documents that each fills.
     """
 
     name: str
     tokens: NDArray[np.unsignedinteger]
     index: Index
-    table: Any
+    folder: Path
+    repeats: NDArray[np.void]
+    sources: tuple[Span, ...]
+
+    @cached_property
+    def table(self) -> Any:
+        """The documents, an Arrow table with ``DOCUMENT_SCHEMA``; opened when it is first asked for, training does not.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            table = documents_table(self.folder, self.name)
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(self.folder, self.name, error) from None
+        if table.num_rows != len(self.index.lengths):
+            raise _damaged(self.folder, f"the files of the {self.name} split disagree about its size")
+        return table
+
+    @cached_property
+    def begins(self) -> NDArray[np.int64]:
+        """First token of every document, (documents,); in memory, because a mapped index is too slow to search."""
+        begins: NDArray[np.int64] = np.array(self.index.pointers, np.int64) // self.tokens.itemsize
+        return begins
 
     def document_tokens(self, number: int) -> NDArray[np.unsignedinteger]:
         """Return the ids of document ``number``, its end of text included."""
@@ -111,8 +162,8 @@ class Tokens:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash over the contents of all files; a run that resumes can check that its data is the same."""
-        hashes = {name: facts["blake2b"] for name, facts in sorted(self.manifest["files"].items())}
+        """Hash over the contents of all files but those in ``dropped``; a resumed run checks that its data are so."""
+        hashes = {name: facts["blake2b"] for name, facts in sorted(self.manifest["files"].items()) if name in FILES}
         return hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
 
     def split(self, name: str) -> Split:
@@ -128,15 +179,39 @@ class Tokens:
         path = self.dir / f"{name}.bin"
         try:
             index = open_index(self.dir / f"{name}.idx", dtype)
-            table = pa.ipc.open_file(pa.memory_map(str(self.dir / f"{name}.docs.arrow"))).read_all()
-            empty = facts["tokens"] == 0  # an empty file cannot be mapped
-            tokens = np.zeros(0, dtype) if empty else np.asarray(np.memmap(path, dtype, "r"))
-        except (OSError, pa.ArrowException) as error:
-            raise _damaged(self.dir, f"{name} split: {_first_line(error)}") from None
-        counted = (len(tokens), len(index.lengths), table.num_rows)
-        if counted != (facts["tokens"], facts["documents"], facts["documents"]):
+            tokens = _mapped(path, dtype)
+            repeats = _mapped(self.dir / f"{name}.repeats.bin", REPEAT)
+        except OSError as error:
+            raise _unreadable(self.dir, name, error) from None
+        if (len(tokens), len(index.lengths)) != (facts["tokens"], facts["documents"]):
             raise _damaged(self.dir, f"the files of the {name} split disagree about its size")
-        return Split(name, tokens, index, table)
+        return Split(name, tokens, index, self.dir, repeats, self._spans(name))
+
+    def _spans(self, name: str) -> tuple[Span, ...]:
+        spans: list[Span] = []
+        tokens = documents = 0
+        for source in self.manifest["sources"]:
+            facts = source["splits"][name]
+            spans.append(Span(source["name"], tokens, facts["tokens"], documents, facts["documents"]))
+            tokens, documents = tokens + facts["tokens"], documents + facts["documents"]
+        return tuple(spans)
+
+
+def _unreadable(folder: Path, split: str, error: BaseException) -> UserError:
+    if isinstance(error, PermissionError):
+        return UserError(f"cannot read the {split} split of '{folder}': {error.strerror}; check its permissions")
+    return _damaged(folder, f"{split} split: {_first_line(error)}")
+
+
+def documents_table(folder: Path, split: str) -> Any:
+    """Map the table of a split's documents."""
+    return pa.ipc.open_file(pa.memory_map(os.fsencode(folder / f"{split}.docs.arrow"))).read_all()
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(path, dtype, "r"))
 
 
 def is_prepared(folder: Path) -> bool:
@@ -168,14 +243,29 @@ def open_tokens(folder: str | Path) -> Tokens:
     if manifest.get("version") != VERSION:
         theirs = manifest.get("version")
         raise UserError(f"'{folder}' has data format {theirs}, this poise reads {VERSION}; prepare it again")
+    if not _is_complete(manifest):
+        raise _damaged(path, f"{MANIFEST} does not say what it should")
     for name in FILES:
-        size = manifest.get("files", {}).get(name, {}).get("bytes")
+        size = manifest["files"].get(name, {}).get("bytes")
         file = path / name
         if size is None or not file.is_file():
             raise _damaged(path, f"{name} is missing")
         if file.stat().st_size != size:
             raise _damaged(path, f"{name} has {file.stat().st_size:,} bytes instead of {size:,}")
     return Tokens(path, manifest)
+
+
+def _is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest has what the other functions of this file look for, and in that form."""
+    try:
+        whole = [manifest["tokenizer"][name] for name in ("vocab_size", "end_of_text")]
+        for one in (manifest, *manifest["sources"]):
+            whole += [one["splits"][split][what] for split in SPLITS for what in ("documents", "tokens", "bytes")]
+        names = [one["name"] for one in manifest["sources"]]
+        hashes = [facts["blake2b"] for facts in manifest["files"].values()]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return all(isinstance(n, int) for n in whole) and all(isinstance(text, str) for text in (*names, *hashes))
 
 
 def verify(folder: str | Path) -> Tokens:
@@ -185,8 +275,10 @@ def verify(folder: str | Path) -> Tokens:
         UserError: as ``open_tokens``, or the contents of a file have changed.
     """
     tokens = open_tokens(folder)
-    for name in FILES:
-        if file_hash(tokens.dir / name) != tokens.manifest["files"][name]["blake2b"]:
+    for name, facts in tokens.manifest["files"].items():
+        if name not in FILES and not (tokens.dir / name).exists():
+            continue  # what was dropped may be removed
+        if file_hash(tokens.dir / name) != facts["blake2b"]:
             raise _damaged(tokens.dir, f"the contents of {name} have changed")
     return tokens
 
@@ -200,16 +292,19 @@ def file_hash(path: Path) -> str:
 def seal(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Flush and hash every file and write the manifest; return it as it is on disk."""
     files = {}
-    for name in FILES:
+    dropped = (f"{DROPPED}/{path.name}" for path in sorted((folder / DROPPED).glob("*")))
+    for name in (*FILES, *dropped):
         with (folder / name).open("rb+") as file:
             os.fsync(file.fileno())
         files[name] = {"bytes": (folder / name).stat().st_size, "blake2b": file_hash(folder / name)}
     whole: dict[str, Any] = {"format": FORMAT, "version": VERSION, **manifest, "files": files}
     with (folder / MANIFEST).open("w", encoding="utf-8", newline="\n") as out:
-        out.write(json.dumps(whole, indent=2, ensure_ascii=True) + "\n")
+        text = json.dumps(whole, indent=2, ensure_ascii=True)
+        out.write(text + "\n")
         out.flush()
         os.fsync(out.fileno())
-    return whole
+    on_disk: dict[str, Any] = json.loads(text)
+    return on_disk
 
 
 @contextmanager
@@ -222,16 +317,16 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         UserError: the place cannot be written to, or the disk is full.
     """
-    aside = out.parent / f".{out.name}.partial-{socket.gethostname()}-{os.getpid()}"
+    aside = beside(out, "partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
+        clear_abandoned(out)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         yield aside
-        _publish(aside, out)
+        publish(aside, out)
     except OSError as error:
-        raise _cannot_write(out, error) from None
+        raise cannot_write(out, error) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -240,17 +335,17 @@ def refuse_foreign(out: Path) -> None:
     """Raise a ``UserError`` if ``out`` is something that preparing data must not replace."""
     try:
         names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        foreign = out.exists() and not out.is_dir()
+        foreign = os.path.lexists(out) and not out.is_dir()
     except OSError as error:
-        raise _cannot_write(out, error) from None
-    if foreign or not names <= {*FILES, MANIFEST}:
-        what = "is a file" if foreign else "holds other files"
+        raise cannot_write(out, error) from None
+    if foreign or not names <= {*FILES, MANIFEST, DROPPED}:
+        what = "holds other files" if not foreign else "leads nowhere" if out.is_symlink() else "is a file"
         raise UserError(f"'{out}' {what}; prepared data needs a folder of its own, give --data.dir PATH")
 
 
-def _publish(aside: Path, out: Path) -> None:
-    """Rename ``aside`` to ``out``, replacing older prepared data there."""
-    old = out.parent / aside.name.replace(".partial-", ".old-")
+def publish(aside: Path, out: Path) -> None:
+    """Rename the folder ``aside`` to ``out``, replacing older prepared data there."""
+    old = beside(out, "old")
     if out.exists():
         out.rename(old)
     aside.rename(out)
@@ -263,14 +358,22 @@ def _publish(aside: Path, out: Path) -> None:
             os.close(handle)
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Remove what killed processes left beside ``out``."""
+def beside(out: Path, kind: Literal["partial", "old"]) -> Path:
+    """Return this process' own place beside ``out``, which ``clear_abandoned`` knows."""
+    return out.parent / f".{out.name}.{kind}-{socket.gethostname()}-{os.getpid()}"
+
+
+def clear_abandoned(out: Path) -> None:
+    """Remove what killed processes left beside ``out``; one killed between two renames has its old data put back."""
     for kind in ("partial", "old"):
         for path in out.parent.glob(f".{_escaped(out.name)}.{kind}-*-*"):
             host, _, pid = path.name.split(f".{kind}-", 1)[1].rpartition("-")
             here = host == socket.gethostname() and pid.isdigit() and os.name == "posix"
             old = time.time() - path.stat().st_mtime > _ABANDONED_AFTER
             if (not _alive(int(pid))) if here else old:
+                if kind == "old" and not out.exists():
+                    path.rename(out)
+                    continue
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -288,11 +391,20 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _cannot_write(out: Path, error: OSError) -> UserError:
+def cannot_write(out: Path, error: OSError, kept: Path | None = None) -> UserError:
+    """Return what to tell about an error of writing; ``kept`` is a work folder from which a new call goes on."""
+    again = goes_on(kept) if kept else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(f"the disk is full at '{out.parent}'; free some space or give --data.dir PATH")
+        return UserError(f"the disk is full at '{out.parent}'; free some space or give --data.dir PATH{again}")
+    if error.errno == errno.ENOMEM:
+        return UserError(f"out of memory while preparing '{out}' ({error.strerror}); use fewer --processes{again}")
     reason = error.strerror or _first_line(error)
-    return UserError(f"cannot write prepared data to '{out}': {reason}; give --data.dir PATH or set POISE_CACHE")
+    return UserError(f"cannot write prepared data to '{out}': {reason}; give --data.dir PATH or set POISE_CACHE{again}")
+
+
+def goes_on(kept: Path) -> str:
+    """Return what to tell about a work folder that stays."""
+    return f"; what is done is in '{kept}', the same command goes on from there"
 
 
 def _damaged(folder: Path, what: str) -> UserError:

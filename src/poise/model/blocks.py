@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from poise.model.attention import Rope
+from poise.model.documents import Documents
 from poise.model.place import Place
 from poise.model.slots import make
 
@@ -55,7 +56,9 @@ class Attention(nn.Module):
         self.out_gate = make("attn_out_gate", place)
         self.taps = _identities("q", "k", "v", "attn_mix")
 
-    def forward(self, x_BTD: Tensor, rope: Rope, carry: Carry) -> tuple[Tensor, Carry]:
+    def forward(
+        self, x_BTD: Tensor, rope: Rope, carry: Carry, documents: Documents | None = None
+    ) -> tuple[Tensor, Carry]:
         B, T, D = x_BTD.shape
         heads = self.n_heads + 2 * self.n_kv_heads
         qkv_BHTK = self.qkv(x_BTD).view(B, T, heads, self.head_dim).transpose(1, 2)
@@ -63,8 +66,9 @@ class Attention(nn.Module):
         q_BHTK, k_BGTK = self.qk(q_BHTK, k_BGTK)
         v_BGTK, first_BGTK = self.values(v_BGTK, carry.values)
         q_BHTK, k_BGTK, v_BGTK = self.qkv_gate(q_BHTK, k_BGTK, v_BGTK, x_BTD)
-        q_BHTK, k_BGTK = self.qk_tap(self.taps["q"](rope(q_BHTK)), self.taps["k"](rope(k_BGTK)))
-        out_BHTK = self.scores(q_BHTK, k_BGTK, self.taps["v"](v_BGTK))
+        q_BHTK, k_BGTK = self.taps["q"](rope(q_BHTK, documents)), self.taps["k"](rope(k_BGTK, documents))
+        q_BHTK, k_BGTK = self.qk_tap(q_BHTK, k_BGTK, documents)
+        out_BHTK = self.scores(q_BHTK, k_BGTK, self.taps["v"](v_BGTK), documents)
         mix_BTD = self.mid(self.gate(out_BHTK.transpose(1, 2).reshape(B, T, D), x_BTD))
         out_BTD = self.out_gate(self.out(self.taps["attn_mix"](mix_BTD)), x_BTD)
         return out_BTD, Carry(first_BGTK, self.penalty(self.qkv, carry.penalty))
@@ -104,8 +108,10 @@ class Block(nn.Module):
         self.attn_add, self.mlp_add = make("residual", attn), make("residual", mlp)
         self.taps = _identities("attn_in", "attn_out", "mlp_in", "mlp_out", "residual")
 
-    def forward(self, x_BTD: Tensor, rope: Rope, carry: Carry) -> tuple[Tensor, Carry]:
-        attn_BTD, carry = self.attn(self.taps["attn_in"](self.attn_in(x_BTD)), rope, carry)
+    def forward(
+        self, x_BTD: Tensor, rope: Rope, carry: Carry, documents: Documents | None = None
+    ) -> tuple[Tensor, Carry]:
+        attn_BTD, carry = self.attn(self.taps["attn_in"](self.attn_in(x_BTD)), rope, carry, documents)
         x_BTD = self.attn_add(x_BTD, self.taps["attn_out"](self.attn_branch(attn_BTD)))
         mlp_BTD = self.mlp(self.taps["mlp_in"](self.mlp_in(x_BTD)))
         x_BTD = self.mlp_add(x_BTD, self.taps["mlp_out"](self.mlp_branch(mlp_BTD)))

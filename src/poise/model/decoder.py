@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from poise.core.errors import UserError
 from poise.model.attention import Rope
 from poise.model.blocks import Block, Carry
+from poise.model.documents import checked
 from poise.model.layers import Embedding, Head
 from poise.model.losses import LossOutput, chunked_cross_entropy
 from poise.model.place import Place
@@ -44,13 +45,14 @@ class Trunk(nn.Module):
         self.norm = make("final_norm", place)
         self.recompute = False
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         carry = Carry()
+        documents = None if documents_BT is None else self.rope.documents(documents_BT)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_BTD, carry = checkpoint(block, x_BTD, self.rope, carry, use_reentrant=False)
+                x_BTD, carry = checkpoint(block, x_BTD, self.rope, carry, documents, use_reentrant=False)
             else:
-                x_BTD, carry = block(x_BTD, self.rope, carry)
+                x_BTD, carry = block(x_BTD, self.rope, carry, documents)
         return self.norm(x_BTD), carry.penalty
 
 
@@ -76,18 +78,23 @@ class Decoder(nn.Module):
         self.terms = nn.ModuleDict({p.name: make_part("loss_terms", p, place) for p in spec.loss_terms})
         self._taps = nn.ModuleDict({"embed": nn.Identity(), "final": nn.Identity()})
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, *, token_loss: bool = False) -> LossOutput:
+    def forward(
+        self, inputs_BT: Tensor, targets_BT: Tensor, *, documents_BT: Tensor | None = None, token_loss: bool = False
+    ) -> LossOutput:
         """Return the training loss; the head is used in here, so the model can be an FSDP2 root.
 
         Args:
             inputs_BT: token ids, int64.
             targets_BT: the token after each, int64; ``IGNORE`` where it does not count.
+            documents_BT: a number for the document of each position, int32 or int64: neighbours of equal number are of
+                one document. Attention then stays within a document, and positions count from its first token. Without
+                it a row is one document. Targets are not changed: the one at a document's last token is the caller's.
             token_loss: also return the cross-entropy of each position.
 
         Raises:
-            UserError: sequences longer than ``spec.seq_len``.
+            UserError: sequences longer than ``spec.seq_len``; documents of another shape, or not integers.
         """
-        hidden_BTD, penalty = self._hidden(inputs_BT)
+        hidden_BTD, penalty = self._hidden(inputs_BT, documents_BT)
         loss, ce, log_z, means, token_N = chunked_cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.head_weight,
@@ -101,21 +108,23 @@ class Decoder(nn.Module):
             parts[PENALTY] = penalty.detach()
         return LossOutput(loss, ce, log_z, parts, token_N.view_as(targets_BT) if token_loss else None)
 
-    def hidden(self, inputs_BT: Tensor) -> Tensor:
+    def hidden(self, inputs_BT: Tensor, *, documents_BT: Tensor | None = None) -> Tensor:
         """Return the input of the output head, (B, T, D), in the compute dtype."""
-        return self._hidden(inputs_BT)[0]
+        return self._hidden(inputs_BT, documents_BT)[0]
 
-    def _hidden(self, inputs_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _hidden(self, inputs_BT: Tensor, documents_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         T = inputs_BT.shape[1]
         if self.spec.seq_len < T:
             raise UserError(f"a sequence of {T} tokens is longer than the model's seq_len {self.spec.seq_len}")
         x_BTD = self.embed_out(self.embed_grad(self.embedding(inputs_BT))).to(self.compute_dtype)
-        final_BTD, penalty = self.trunk(self._taps["embed"](x_BTD))
+        x_BTD = self._taps["embed"](x_BTD)
+        packed = () if documents_BT is None else (checked(documents_BT, inputs_BT),)
+        final_BTD, penalty = self.trunk(x_BTD, *packed)
         return self.head_in(self._taps["final"](final_BTD)), penalty
 
-    def logits(self, inputs_BT: Tensor) -> Tensor:
+    def logits(self, inputs_BT: Tensor, *, documents_BT: Tensor | None = None) -> Tensor:
         """Return the output logits (B, T, V) in fp32; for evaluation and generation, not for training."""
-        hidden_BTD = self.hidden(inputs_BT)
+        hidden_BTD = self.hidden(inputs_BT, documents_BT=documents_BT)
         raw_BTV = F.linear(hidden_BTD, self.head_weight.to(hidden_BTD.dtype))
         out: Tensor = self.transform(raw_BTV.to(torch.promote_types(raw_BTV.dtype, torch.float32)))
         return out

@@ -1,4 +1,4 @@
-"""Attention with a cap or a sink: torch's flex_attention on a GPU, the blocks of ``blockwise`` everywhere else.
+"""Attention with a cap, a sink or documents: torch's flex_attention on a GPU, else the blocks of ``blockwise``.
 
 A cap is flex's ``score_mod``, which sees the scaled fp32 logit before the mask. A sink needs no other kernel: with
 lse = logsumexp(z) of a row, exp(z) / (exp(s) + sum exp(z)) = softmax(z) sigmoid(lse - s), so plain attention's output
@@ -49,18 +49,29 @@ def why_not_flex(maps: Maps, device_type: str, dtype: torch.dtype, head_dim: int
 
 
 def changed_attention(
-    q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, maps: Maps, sink_H: Tensor | None = None
+    q_BHTK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTK: Tensor,
+    maps: Maps,
+    sink_H: Tensor | None = None,
+    first_BT: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention with changed logits or probabilities, by the best path there is; arguments as in
-    ``blockwise_attention``."""
+    """Causal attention with changed logits or probabilities, or within documents, by the best path there is; arguments
+    as in ``blockwise_attention``."""
     if why_not_flex(maps, q_BHTK.device.type, q_BHTK.dtype, q_BHTK.shape[-1]):
-        return blockwise_attention(q_BHTK, k_BGTK, v_BGTK, maps, sink_H)
+        return blockwise_attention(q_BHTK, k_BGTK, v_BGTK, maps, sink_H, first_BT=first_BT)
     core = flex_core if torch.compiler.is_compiling() else _compiled_core()
-    return core(q_BHTK, k_BGTK, v_BGTK, maps.scale, maps.cap, sink_H)
+    return core(q_BHTK, k_BGTK, v_BGTK, maps.scale, maps.cap, sink_H, first_BT)
 
 
 def flex_core(
-    q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float, cap: float, sink_H: Tensor | None
+    q_BHTK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTK: Tensor,
+    scale: float,
+    cap: float,
+    sink_H: Tensor | None,
+    first_BT: Tensor | None = None,
 ) -> Tensor:
     """The flex path, to be compiled. A ``cap`` of 0 is none."""
     seq_len, shared = q_BHTK.shape[2], q_BHTK.shape[1] != k_BGTK.shape[1]
@@ -68,7 +79,8 @@ def flex_core(
     def capped(score: Tensor, b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
-    score_mod, mask = capped if cap else None, causal_mask(seq_len, q_BHTK.device)
+    score_mod = capped if cap else None
+    mask = causal_mask(seq_len, q_BHTK.device) if first_BT is None else documents_mask(first_BT)
     if sink_H is None:
         out: Tensor = flex_attention(
             q_BHTK, k_BGTK, v_BGTK, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=shared
@@ -106,6 +118,42 @@ def causal_mask(seq_len: int, device: torch.device) -> BlockMask:
         mask_mod=_sees,
         seq_lengths=(seq_len, seq_len),
     )
+
+
+def documents_mask(first_BT: Tensor) -> BlockMask:
+    """Return flex's table of the mask within documents, from the first position that each query may see.
+
+    That position never falls along a row, so a block's first query tells which blocks are seen at all and its last
+    query which are seen whole; neither a (T, T) tensor nor a number on the host is needed.
+    """
+    seq_len = first_BT.shape[1]
+    count = -(-seq_len // MASK_BLOCK)
+    index_M = torch.arange(count, dtype=torch.int32, device=first_BT.device)
+    own_MM, past_MM = index_M == index_M[:, None], index_M < index_M[:, None]
+    least_BM1 = first_BT[:, ::MASK_BLOCK, None]
+    ends_M = (index_M.long() * MASK_BLOCK + MASK_BLOCK - 1).clamp(max=seq_len - 1)
+    most_BM1 = first_BT[:, ends_M, None]
+    seen_BMM = own_MM | past_MM & (index_M * MASK_BLOCK + MASK_BLOCK - 1 >= least_BM1)
+    torn_M1 = index_M[:, None] >= seq_len // MASK_BLOCK
+    whole_BMM = past_MM & (index_M * MASK_BLOCK >= most_BM1) & ~torn_M1
+    cut_BMM = seen_BMM & ~whole_BMM
+
+    def sees(b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
+        return (q_at >= k_at) & (k_at >= first_BT[b, q_at])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(cut_BMM),
+        *_listed(whole_BMM),
+        BLOCK_SIZE=MASK_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(seq_len, seq_len),
+    )
+
+
+def _listed(wanted_BMM: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many blocks of each row are wanted, and the blocks in an order in which those come first."""
+    order_BMM = wanted_BMM.int().argsort(dim=-1, descending=True, stable=True)
+    return wanted_BMM.sum(-1, dtype=torch.int32)[:, None], order_BMM.int()[:, None].contiguous()
 
 
 def _sees(b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from poise.model.documents import Documents
 from poise.model.place import Place
 
 
@@ -141,6 +142,16 @@ class SamePair(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return a, b
+
+
+class Untapped(nn.Module):
+    """(q, k, documents) -> (q, k): an empty ``qk_tap`` slot."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+
+    def forward(self, q: Tensor, k: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor]:
+        return q, k
 
 
 class SameThree(nn.Module):

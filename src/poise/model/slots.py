@@ -65,7 +65,7 @@ HOUSE: Final[Mapping[str, Mapping[str, Builder]]] = {
     "values": {"none": layers.SamePair},
     "qkv_gate": {"none": layers.SameThree},
     "attn_scale": {"sqrt": root_scale},
-    "qk_tap": {"none": layers.SamePair},
+    "qk_tap": {"none": layers.Untapped},
     "qk_penalty": {"none": layers.NoPenalty},
     "scores": {"softmax": SoftmaxScores},
     "attn_gate": {"none": layers.Ungated},

@@ -56,7 +56,7 @@ def real(vocab_size: int) -> Text:
     """
     from poise.data import sources
     from poise.data.readers import Tally
-    from poise.data.tokenizer import train
+    from poise.data.tokens.tokenizer import train
 
     texts: list[str] = []
     size = 0

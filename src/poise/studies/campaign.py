@@ -237,10 +237,7 @@ def plan(
     text = prepare(
         data.source,
         Path(data.dir) if data.dir else None,
-        vocab_size=data.vocab_size,
-        tokenizer=data.tokenizer or None,
-        val_fraction=data.val_fraction,
-        text_field=data.text_field,
+        data.settings,
     )
     values = configs.merge(values, {"data": {"source": str(text.dir), "dir": ""}, "train": {"steps": steps}})
 

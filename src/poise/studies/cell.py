@@ -40,7 +40,7 @@ import torch
 from poise.core import config as configs
 from poise.core.errors import UserError
 from poise.core.journal import to_json
-from poise.data.loader import Loader
+from poise.data.feed.loader import Loader
 from poise.data.store import Tokens
 from poise.hardware import environment, precision
 from poise.hardware.state import pack, unpack
@@ -48,13 +48,14 @@ from poise.model.build import build
 from poise.model.counts import count
 from poise.optim.schedules import lr_at
 from poise.studies.attention_logits import largest_logits
-from poise.train.evaluate import validation_loss
+from poise.train.evaluate import arguments_of, validation_loss
 from poise.train.optimizer import optimizer_for
+from poise.train.position import Position, batches, micro_batches, upcoming, view_at, weighed
 from poise.train.recipe import Recipe
 
 FORMAT: Final = 1
 """Of the record. A record of another format is not read, and its cell is run again."""
-CODE_VERSION: Final = 1
+CODE_VERSION: Final = 2
 """Of what a cell computes; it is part of the key. Raise it when the same recipe would give other numbers."""
 SAMPLES: Final = 10
 """Times that the attention logits are looked at in a run, besides the start."""
@@ -71,6 +72,7 @@ UNUSED: Final[Mapping[str, str]] = {
     "train.keep_last": "a cell keeps its own state",
     "train.keep_best": "a cell keeps its own state",
     "train.linear_norms_every": "a cell keeps no journal",
+    "train.row_losses": "a cell keeps no journal",
     "train.recompute": "cells are too small for it",
     "train.threads": "use --threads",
 }
@@ -127,10 +129,11 @@ def _without_unused(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe's values that decide the result; the text is known by its fingerprint."""
     values = configs.to_dict(recipe)
     validates = values.pop("data")["val_fraction"] > 0
+    feed = asdict(recipe.data.feed)
     for name in UNUSED:
         section, _, key = name.rpartition(".")
         (values[section] if section else values).pop(key)
-    return {**values, "validates": validates}
+    return {**values, "validates": validates, "feed": feed}
 
 
 def run_cell(
@@ -283,8 +286,8 @@ class _Training:
         spec = recipe.spec(tokens.vocab_size)
         self._model = build(spec, seed=recipe.seed, device=self._device, compute_dtype=dtype)
         self._optimizer = optimizer_for(recipe.optim, self._model)
-        self._loader = Loader(tokens, config.seq_len, recipe.seed)
-        self._validation = Loader(tokens, config.seq_len, recipe.seed, split="val")
+        self._loader = Loader(tokens, config.seq_len, recipe.seed, feed=recipe.data.feed)
+        self._validation = Loader(tokens, config.seq_len, recipe.seed, "val", recipe.data.feed)
         self.state = _State()
         self._ended = "finished"
         self._sampled = {round(config.steps * part / SAMPLES) for part in range(SAMPLES + 1)} | {config.steps}
@@ -300,14 +303,19 @@ class _Training:
         state, recipe, config = self.state, self._recipe, self._recipe.train
         began = time.perf_counter()
         number = state.step + 1
-        self._optimizer.set_lr(recipe.optim.lr * lr_at(number, config.steps, recipe.optim.schedule))
-        micro = config.micro_batch or config.batch_size
-        first, losses = state.step * config.batch_size, []
-        for start in range(first, first + config.batch_size, micro):
-            batch = self._loader.batch(start, micro)
-            out = self._model(batch.inputs.to(self._device), batch.targets.to(self._device))
-            (out.loss * (micro / config.batch_size)).backward()
-            losses.append(out.ce.detach())
+        growing = config.batch_ramp
+        first = growing.first_sample(number) if growing else state.step * config.batch_size
+        at = Position(state.step, first, first * config.seq_len)
+        factor = lr_at(number, config.steps, recipe.optim.schedule)
+        if growing is not None:  # only then: a run multiplies in the same order
+            factor *= growing.lr_factor(at.tokens)
+        self._optimizer.set_lr(recipe.optim.lr * factor)
+        parts, losses = micro_batches(recipe, upcoming(recipe, at), 0, 1), []
+        for batch, weight in batches(self._loader, parts, view_at(recipe, at), self._device):
+            inputs, targets, named = arguments_of(batch, self._device)
+            out = self._model(inputs, targets, **named)
+            (weighed(out.loss, weight) * (1 / len(parts))).backward()
+            losses.append(weighed(out.ce.detach(), weight))
         mean = torch.stack(losses).mean()
         loss, norm = torch.stack([mean, self._optimizer.measure().to(mean)]).tolist()
         state.loss.append(loss)
@@ -334,8 +342,9 @@ class _Training:
         return validation_loss(self._model, self._validation, config.eval_batches, config.batch_size, self._device)
 
     def _look(self) -> None:
-        inputs_BT = self._validation.batch(0, min(SEQUENCES, self._validation.sequences)).inputs
-        self.state.logits.append([self.state.step, *largest_logits(self._model, inputs_BT.to(self._device))])
+        batch = self._validation.batch(0, min(SEQUENCES, self._validation.sequences))
+        inputs_BT, _, named = arguments_of(batch, self._device)
+        self.state.logits.append([self.state.step, *largest_logits(self._model, inputs_BT, **named)])
 
     # -- what is kept ----------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ Shapes: B sequences, T positions.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -219,25 +220,26 @@ def garbage(clean: Batch, vocab_size: int) -> Batch:
     """Return a batch of uniformly random tokens, always the same for the same samples."""
     generator = torch.Generator().manual_seed(derive(clean.samples[0], "garbage"))
     B, T = clean.inputs.shape
-    return _batch(torch.randint(vocab_size, (B, T + 1), generator=generator), clean.samples)
+    return _batch(torch.randint(vocab_size, (B, T + 1), generator=generator), clean)
 
 
 def one_token(clean: Batch, vocab_size: int) -> Batch:
     """Return a batch in which one token, chosen by the sample number, stands everywhere."""
     B, T = clean.inputs.shape
     token = derive(clean.samples[0], "repeated token") % vocab_size
-    return _batch(torch.full((B, T + 1), token, dtype=torch.int64), clean.samples)
+    return _batch(torch.full((B, T + 1), token, dtype=torch.int64), clean)
 
 
 def shifted(clean: Batch) -> Batch:
     """Return the batch with every target one position too late; the last position does not count."""
     late_BT = clean.targets.roll(-1, dims=1)
     late_BT[:, -1] = IGNORE
-    return Batch(clean.inputs, late_BT, clean.samples)
+    return dataclasses.replace(clean, targets=late_BT)
 
 
-def _batch(tokens_BT1: Tensor, samples: tuple[int, ...]) -> Batch:
-    return Batch(tokens_BT1[:, :-1].contiguous(), tokens_BT1[:, 1:].contiguous(), samples)
+def _batch(tokens_BT1: Tensor, clean: Batch) -> Batch:
+    inputs_BT, targets_BT = tokens_BT1[:, :-1].contiguous(), tokens_BT1[:, 1:].contiguous()
+    return dataclasses.replace(clean, inputs=inputs_BT, targets=targets_BT)
 
 
 # -- places in a model ---------------------------------------------------------------------------------

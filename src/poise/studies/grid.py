@@ -240,10 +240,7 @@ def prepared(recipe: Recipe, progress: Progress | None = None) -> tuple[Tokens, 
     done = prepare(
         data.source,
         Path(data.dir) if data.dir else None,
-        vocab_size=data.vocab_size,
-        tokenizer=data.tokenizer or None,
-        val_fraction=data.val_fraction,
-        text_field=data.text_field,
+        data.settings,
         progress=progress,
     )
     return open_tokens(done.dir), recipe.replace("data", dir=str(done.dir.resolve()))

@@ -10,6 +10,7 @@ and a passing fault is not there.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from poise.core.host import Replayed, Rewinder
 from poise.core.types import Batch
-from poise.data.loader import Loader
+from poise.data.feed.loader import PLAIN, Loader, View
 from poise.studies.faults import (
     Fault,
     FaultKind,
@@ -83,7 +84,13 @@ class Injector:
     # -- when ------------------------------------------------------------------------------------------
 
     def _number(self, sample: int) -> int:
-        return sample // self._run.recipe.train.batch_size + 1
+        """Return the number of the batch a sample is in, as long as nothing was left out."""
+        growing, size = self._run.recipe.train.batch_ramp, self._run.recipe.train.batch_size
+        return sample // size + 1 if growing is None else growing.step_of(sample)
+
+    def _first_sample(self, number: int) -> int:
+        growing, size = self._run.recipe.train.batch_ramp, self._run.recipe.train.batch_size
+        return (number - 1) * size if growing is None else growing.first_sample(number)
 
     def _active(self, batch: int, *kinds: FaultKind) -> Fault | None:
         """Return the fault of these kinds that belongs to the batch, or in a replay to the step."""
@@ -93,16 +100,17 @@ class Injector:
                 return fault
         return None
 
-    def batch(self, first: int, count: int) -> Batch:
-        """Return samples ``first`` .. ``first + count - 1`` as the faults leave them; a new step's faults strike."""
+    def gather(self, samples: Sequence[int], view: View) -> Batch:
+        """Return samples as the faults leave them; a new step's faults strike."""
+        first = samples[0]
         number = self._number(first)
         if number != self._batch or first <= self._first:
             self._batch = number
             self._strike(number)
         self._first = first
-        if self._active(number, "repeated_data") is not None:
-            return self._stuck(first, count)
-        clean = self._loader.batch(first, count)
+        clean = self._loader.gather(samples, view)
+        if (fault := self._active(number, "repeated_data")) is not None:
+            return self._stuck(fault, clean, samples, view)
         vocab_size = self._run.model.spec.vocab_size
         if self._active(number, "garbage_batch") is not None:
             return garbage(clean, vocab_size)
@@ -161,13 +169,12 @@ class Injector:
     def _parameters(self, fault: Fault) -> list[Tensor]:
         return list(parameters_at(self._run.model, fault.place).values())
 
-    def _stuck(self, first: int, count: int) -> Batch:
+    def _stuck(self, fault: Fault, clean: Batch, samples: Sequence[int], view: View) -> Batch:
         """Return the last batch before the fault, under the numbers that were asked for."""
-        fault = self._active(self._number(first), "repeated_data")
-        assert fault is not None
-        size = self._run.recipe.train.batch_size
-        again = self._loader.batch(max(fault.at - 2, 0) * size + first % size, count)
-        return Batch(again.inputs, again.targets, tuple(range(first, first + count)))
+        first = samples[0]
+        begin = self._first_sample(max(fault.at - 1, 1)) + first - self._first_sample(self._number(first))
+        again = self._loader.gather(range(begin, begin + len(samples)), view)
+        return dataclasses.replace(again, samples=clean.samples)
 
     def _faulty_lr(self, lr: float) -> None:
         fault = self._active(self._number(self._run.position.next_sample), "high_lr", "lr_jump")
@@ -252,8 +259,11 @@ class _Wrapped(Loader):
         self.__dict__.update(loader.__dict__)
         self._injector = injector
 
-    def batch(self, first: int, count: int) -> Batch:
-        return self._injector.batch(first, count)
+    def batch(self, first: int, count: int, view: View = PLAIN) -> Batch:
+        return self._injector.gather(range(first, first + count), view)
+
+    def gather(self, samples: Sequence[int], view: View = PLAIN) -> Batch:
+        return self._injector.gather(samples, view)
 
 
 __all__ = ["Fault", "Injector"]

@@ -36,7 +36,7 @@ def budget(recipe: Recipe) -> dict[str, Any]:
     assert built == counts.params, f"the count says {counts.params}, the model has {built} parameters"
     dtype = precision.pick_dtype(config.dtype, device)
     rate = throughput.matmul_rate(dtype, device)
-    tokens = recipe.tokens_per_step * config.steps
+    tokens = recipe.total_tokens
     flops = counts.flops_per_token * tokens
     name = str(dtype).removeprefix("torch.")
     memory = counts.memory(config.micro_batch or config.batch_size, name, device.type)
@@ -76,7 +76,7 @@ def render(recipe: Recipe, figures: dict[str, Any]) -> str:
         [
             f"recipe      {recipe.name}",
             f"parameters  {figures['parameters']:,}",
-            f"tokens      {figures['tokens']:,} = {config.steps:,} steps x {config.batch_size} sequences x "
+            f"tokens      {figures['tokens']:,} = {config.steps:,} steps x {_sequences(recipe)} sequences x "
             f"{config.seq_len} ({figures['tokens_per_parameter']:g} per parameter)",
             f"arithmetic  {figures['training_flops']:.3g} FLOP",
             f"memory      {_bytes(memory['total'])} for one process at {micro} sequences at once ({parts})",
@@ -88,6 +88,11 @@ def render(recipe: Recipe, figures: dict[str, Any]) -> str:
             *(f"  {line}" for line in said),
         ]
     )
+
+
+def _sequences(recipe: Recipe) -> str:
+    config = recipe.train
+    return f"{config.batch_start} to {config.batch_size}" if config.batch_start else str(config.batch_size)
 
 
 def _bytes(size: float) -> str:

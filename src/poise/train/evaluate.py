@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from poise.core.types import Batch
-from poise.data.loader import Loader
+from poise.data.feed.loader import Loader
 from poise.model.decoder import Decoder
 
 
@@ -21,6 +23,15 @@ def validation_loss(model: Decoder, loader: Loader, batches: int, batch_size: in
     with torch.no_grad():
         for index in range(batches):
             batch: Batch = loader.batch(index * size, size)
-            total += model(batch.inputs.to(device), batch.targets.to(device)).ce
+            inputs, targets, named = arguments_of(batch, device)
+            total += model(inputs, targets, **named).ce
     model.train()
     return float(total) / batches
+
+
+def arguments_of(
+    batch: Batch, device: torch.device, rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Return what a decoder is called with for a batch (its first ``rows`` rows): inputs, targets, the rest by name."""
+    named = {} if batch.documents is None else {"documents_BT": batch.documents[:rows].to(device)}
+    return batch.inputs[:rows].to(device), batch.targets[:rows].to(device), named

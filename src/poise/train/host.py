@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from poise.core.errors import UserError
 from poise.core.host import Replayed
+from poise.data.feed.skips import merged
 from poise.train import mend, rewind
 
 if TYPE_CHECKING:
-    from poise.train.state import Position, Run
+    from poise.train.position import Position
+    from poise.train.state import Run
 
 
 def rewarmed(position: Position, step: int) -> float:
@@ -28,8 +30,13 @@ def rewarmed(position: Position, step: int) -> float:
     return position.rewarm_factor + (1.0 - position.rewarm_factor) * done
 
 
+def no_document(document: int, count: int) -> str:
+    """Return what to say where a text of ``count`` documents has no document of a number."""
+    return f"no document {document}; the training text has documents 0 to {count - 1}"
+
+
 class TrainHost:
-    """``poise.core.host.Host``, ``Mender`` and ``Rewinder`` for a ``Run``. All ranks call a method together."""
+    """``poise.core.host.Host``, ``Mender``, ``Curator`` and ``Rewinder`` for a ``Run``. All ranks call together."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -70,11 +77,39 @@ class TrainHost:
         position.rewarm_factor = rewarmed(before, before.step + 1)
         position.rewarm_start, position.rewarm_steps = position.step, left
         position.fp32_places = before.fp32_places
+        position.skips = before.skips
+        position.dropped = [(min(step, position.step), document) for step, document in before.dropped]
         mend.set_precision(self._run.model, position.fp32_places)
 
     def drop_data(self, first: int, last: int) -> None:
-        """Move the data position past ``last``; samples before it have been shown already."""
-        self._run.position.next_sample = max(self._run.position.next_sample, last + 1)
+        """Leave samples ``first`` to ``last`` out from now on, exactly them, also when a rollback shows data again."""
+        position = self._run.position
+        skips = merged([*position.skips, (first, last)])
+        if skips != position.skips:
+            position.skips = skips
+            self._note_drop(samples=(first, last))
+
+    # -- Curator -----------------------------------------------------------------------------------------------
+
+    def drop_documents(self, documents: Sequence[int]) -> None:
+        """Leave the tokens of documents (rows of ``docs.arrow``) out of the loss from the next step on.
+
+        Raises:
+            UserError: there is no such document.
+        """
+        run, count = self._run, self._run.loader.document_count
+        for document in documents:
+            if not 0 <= document < count:
+                raise UserError(no_document(document, count))
+        known = {document for _, document in run.position.dropped}
+        new = sorted(set(documents) - known)
+        if new:
+            run.position.dropped = [*run.position.dropped, *((run.position.step, d) for d in new)]
+            self._note_drop(documents=new)
+
+    def _note_drop(self, **what: Any) -> None:
+        if self._run.journal is not None:
+            self._run.journal.write("drop", step=self._run.position.step, **what)
 
     def scale_lr(self, factor: float, rewarm: int = 0) -> None:
         """Multiply the learning rate by ``factor``: of all later steps, or with ``rewarm`` climbing back over so many.

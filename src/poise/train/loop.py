@@ -70,6 +70,8 @@ def train(run: Run, stop: StopRequest | None = None) -> Outcome:
             save(run, must=True)  # so that the guard can go back even from the first steps
         save_due, saved_at = False, run.position.step
         while run.position.step < config.steps:
+            if used_up := run.used_up():
+                return end(run, "halted", save(run, must=True) or used_up)
             signals, decision = train_step(run)
             run.store.note_progress(signals.step)
             run.tell("on_step", run.report(signals, decision))
@@ -80,8 +82,9 @@ def train(run: Run, stop: StopRequest | None = None) -> Outcome:
             if config.eval_every and (last or step % config.eval_every == 0):
                 evaluate(run)
             stopping = run.stop_agreed(asked.signal is not None)
-            # After a rollback at once, so that a crash does not show the dropped data again.
-            save_due |= decision.action == "rollback" or (bool(config.save_every) and step % config.save_every == 0)
+            # After a rollback or a drop at once, so that a crash does not show the dropped data again.
+            save_due |= decision.action in ("rollback", "drop_data")
+            save_due |= bool(config.save_every) and step % config.save_every == 0
             # Not in the middle of trouble: a checkpoint is what a rollback trusts. But not for ever.
             overdue = step - saved_at >= PATIENCE * config.save_every
             if last or stopping or (save_due and (overdue or decision.action in ("proceed", "rollback"))):

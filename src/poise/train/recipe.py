@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from poise.core import config
 from poise.core.errors import UserError, nearest
+from poise.data.feed import ramp
+from poise.data.feed.loader import Feed
+from poise.data.settings import Settings
 from poise.guard.config import GuardConfig
 from poise.model.methods import apply_methods
 from poise.model.spec import Part, Spec
@@ -71,7 +74,8 @@ class DataConfig:
 
     ``source`` is ``stdlib`` (the Python standard library's own sources), a file or folder, ``hf:owner/name``,
     or a folder that ``poise data prepare`` wrote. ``dir`` is where prepared tokens are kept; empty means a
-    cache folder chosen by source and settings.
+    cache folder chosen by source and settings. From ``mask_repeats`` on: how prepared text becomes samples, see
+    ``poise.data.feed.loader.Feed``.
     """
 
     source: str = "stdlib"
@@ -80,12 +84,33 @@ class DataConfig:
     tokenizer: str = ""
     val_fraction: float = 0.01
     text_field: str = "text"
+    mask_repeats: bool = True
+    pack: Literal["concat", "best_fit"] = "concat"
+    document_mask: bool = False
+    mix: tuple[str, ...] = ()
+    temperature: float = 0.0
 
     def __post_init__(self) -> None:
+        _ = self.feed  # raises where its values cannot be
         if not 0.0 <= self.val_fraction < 0.5:
             raise UserError(f"data.val_fraction is {self.val_fraction}; use a share from 0 up to 0.5, e.g. 0.01")
         if self.vocab_size < 257:
             raise UserError(f"data.vocab_size is {self.vocab_size}; a byte-level BPE needs at least 257")
+
+    @property
+    def feed(self) -> Feed:
+        """How prepared text becomes samples."""
+        return Feed(self.mask_repeats, self.pack, self.document_mask, self.mix, self.temperature)
+
+    @property
+    def settings(self) -> Settings:
+        """What ``poise.data.prepare`` needs to know."""
+        return Settings(
+            vocab_size=self.vocab_size,
+            tokenizer=self.tokenizer or None,
+            val_fraction=self.val_fraction,
+            text_field=self.text_field,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +123,10 @@ class TrainConfig:
     backward pass (activation checkpointing): less memory, about a third more time.
     ``compile = auto`` compiles the trunk when the run is long enough to repay about half a minute of
     compilation; ``dtype = auto`` computes in bf16 where the machine multiplies it fast, else in fp32.
+    ``length_start`` (0: off) is the sequence length at first; it doubles its way to ``seq_len`` along a line in tokens
+    seen that ends after ``length_tokens``; a step has the same tokens throughout. ``batch_start`` and ``batch_tokens``
+    do the same for the batch, whose learning rate follows by ``batch_lr``; both together only with ``both_ramps``.
+    ``row_losses`` journals the loss of every sequence at every step, not only at steps with an alarm.
     """
 
     steps: int = 400
@@ -114,6 +143,13 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     threads: int = 0
+    length_start: int = 0
+    length_tokens: int = 0
+    batch_start: int = 0
+    batch_tokens: int = 0
+    batch_lr: Literal["sqrt", "linear", "none"] = "sqrt"
+    both_ramps: bool = False
+    row_losses: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "keep_last", "eval_batches"):
@@ -122,6 +158,14 @@ class TrainConfig:
         for name in ("micro_batch", "eval_every", "save_every", "keep_best", "linear_norms_every", "threads"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be 0 (off) or more")
+        for name, tokens in (("length", self.length_tokens), ("batch", self.batch_tokens)):
+            start = getattr(self, f"{name}_start")
+            if min(start, tokens) < 0 or (start > 0) != (tokens > 0):
+                raise UserError(
+                    f"train.{name}_start is {start} and train.{name}_tokens is {tokens}; give both as positive numbers "
+                    f"or leave both at 0 (off)"
+                )
+        ramp.check(self.length_ramp, self.batch_ramp, self.both_ramps)
         most = 4 * (os.cpu_count() or 1)
         if self.threads > most:
             raise UserError(
@@ -129,6 +173,18 @@ class TrainConfig:
             )
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise UserError(f"train.micro_batch {self.micro_batch} does not divide train.batch_size {self.batch_size}")
+
+    @property
+    def length_ramp(self) -> ramp.LengthRamp | None:
+        """The sequence length over the tokens seen, where it is to grow."""
+        return ramp.LengthRamp(self.length_start, self.seq_len, self.length_tokens) if self.length_start else None
+
+    @property
+    def batch_ramp(self) -> ramp.BatchRamp | None:
+        """The batch size over the tokens seen, where it is to grow."""
+        if not self.batch_start:
+            return None
+        return ramp.BatchRamp(self.batch_start, self.batch_size, self.batch_tokens, self.batch_lr, seq_len=self.seq_len)
 
 
 @dataclass(frozen=True)
@@ -150,7 +206,19 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of a step, of a full one where the batch grows."""
         return self.train.batch_size * self.train.seq_len
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole budget, as long as nothing is dropped."""
+        growing = self.train.batch_ramp
+        return growing.first_sample(self.train.steps + 1) if growing else self.train.steps * self.train.batch_size
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole budget."""
+        return self.total_samples * self.train.seq_len
 
     def spec(self, vocab_size: int | None = None) -> Spec:
         """Return the model's ``Spec`` (``vocab_size``: what the tokenizer really has)."""

@@ -14,14 +14,15 @@ with AdamW, over all ranks together), or in an unnamed file in the run's folder 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,13 +33,16 @@ from poise.core.errors import UserError
 from poise.core.host import Replayed
 from poise.core.journal import Record, read, timeline
 from poise.core.types import Batch
+from poise.data.feed.loader import View
+from poise.data.feed.skips import after, samples_of
 from poise.hardware.distributed import broadcast, gather, mean_over_ranks
 from poise.hardware.state import flatten, optimizer_targets, pack, unflatten, unpack
 from poise.model.losses import LossOutput
 from poise.train import mend
+from poise.train.position import Position, upcoming, view_of, weighed
 
 if TYPE_CHECKING:
-    from poise.train.state import Position, Run
+    from poise.train.state import Run
 
 Keep = Literal["auto", "memory", "disk"]
 
@@ -66,7 +70,8 @@ def replay(
         steps: how many steps; 0 only finds out where one would start.
         data: ``same`` shows what the run was shown, with what the guard did then (skips, clips, mends);
             ``other`` shows samples after all that were ever shown (they do not count as shown), skips nothing, and
-            keeps learning rates and mends. On a small text these are sequences of a later epoch.
+            keeps learning rates and mends. On a small text these are sequences of a later epoch; where a mixture
+            ends before, they are those shown longest ago or far ahead.
         samples_from: with ``same``, show the samples of this step and those after it at once, whatever came
             between, with plain updates: the same data, to weights that are not those they met.
         keep: where the present lies meanwhile; ``auto`` chooses by free memory.
@@ -81,7 +86,8 @@ def replay(
     with _aside(run, keep):
         loaded = run.store.restore(run.model, run.optimizer, at_most=at_most, expect=run.fingerprint)
         present = run.position
-        run.position = type(present)(**loaded.meta["position"])
+        run.position = Position.of(loaded.meta["position"])
+        run.position.dropped = present.dropped  # each with the step from which it counts
         mend.set_precision(run.model, run.position.fp32_places)
         plan = broadcast(_plan(run, present, records, steps, data, samples_from))
         readings = [_step(run, shown) for shown in plan]
@@ -95,9 +101,11 @@ def replay(
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One step of a replay: its first sample, its learning rate where known, and what the guard did to it."""
+    """One step of a replay: its samples and how they are shown, its learning rate where known, and what the guard did
+    to it."""
 
-    sample: int
+    samples: Sequence[int]
+    view: View
     lr: float | None = None
     action: str = "proceed"
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -111,30 +119,76 @@ def _plan(
     Only rank 0 has the journal's ``records``, so its plan is the one that counts.
     """
     known = {r["step"]: r for r in timeline(records) if r["type"] == "step" and r["step"] <= present.step}
-    start, size = run.position, run.recipe.train.batch_size
-
-    def sample(step: int) -> int:
-        if step in known:
-            return int(known[step]["sample"])
-        if step >= present.step:  # this step, not yet recorded, and those to come
-            return present.next_sample + (step - present.step - 1) * size
-        return start.next_sample + (step - start.step - 1) * size
-
-    numbers = range(start.step + 1, start.step + steps + 1)
+    start = run.position
     lr = {step: float(record["lr"]) for step, record in known.items()}
     acts = _acts(records)
+    numbers = range(start.step + 1, start.step + steps + 1)
     if data == "other":
-        shown = [int(r["sample"]) + size for r in records if r["type"] == "step"]
-        fresh = max([present.next_sample, *shown]) + steps * size  # also after what "same" would show in the future
         mends = {step: act for step, act in acts.items() if act["action"] in _MENDS}
-        return [_shown(fresh + i * size, lr.get(n), mends.get(n)) for i, n in enumerate(numbers)]
-    if samples_from is not None:
-        return [_shown(sample(samples_from + i), lr.get(n), None) for i, n in enumerate(numbers)]
-    return [_shown(sample(n), lr.get(n), acts.get(n) if n in known else None) for n in numbers]
+        usual = _met(run, present, known, numbers)
+        return [
+            _shown(samples, met.view, lr.get(n), mends.get(n))
+            for n, met, samples in zip(numbers, usual, _others(run, present, records, usual), strict=True)
+        ]
+    first = start.step + 1 if samples_from is None else samples_from
+    met = _met(run, present, known, range(first, first + steps))
+    return [
+        _shown(one.samples, one.view, lr.get(n), acts.get(n) if n in known and samples_from is None else None)
+        for n, one in zip(numbers, met, strict=True)
+    ]
 
 
-def _shown(sample: int, lr: float | None, act: Record | None) -> Shown:
-    return Shown(sample, lr, *(() if act is None else (act["action"], act)))
+class _Met(NamedTuple):
+    """What a step shows: its samples, and how."""
+
+    samples: Sequence[int]
+    view: View
+
+
+def _met(run: Run, present: Position, known: Mapping[int, Record], numbers: Sequence[int]) -> list[_Met]:
+    """Return what each of some steps shows: as journalled, as it is being shown, or as it would be."""
+    recipe, found = run.recipe, list[_Met]()
+    for step in numbers:
+        if step in known:
+            samples = samples_of(known[step], recipe.train.batch_size)
+            seen = int(known[step]["tokens"]) - len(samples) * recipe.train.seq_len
+        elif step == present.step:
+            samples, seen = run.shown, present.tokens - run.step_tokens
+        else:
+            samples, seen = _ahead(run, present if step > present.step else run.position, step)
+        found.append(_Met(samples, view_of(recipe, present, step, seen)))
+    return found
+
+
+def _ahead(run: Run, position: Position, step: int) -> tuple[Sequence[int], int]:
+    """Return the samples that ``step`` will show if all goes well from ``position`` on, and the tokens seen before."""
+    shown: Sequence[int] = range(0)
+    at = dataclasses.replace(position)
+    for _ in range(position.step, step):
+        at.tokens += len(shown) * run.recipe.train.seq_len
+        shown = upcoming(run.recipe, at)
+        at.next_sample = shown[-1] + 1
+    return shown, at.tokens
+
+
+def _others(run: Run, present: Position, records: list[Record], usual: Sequence[_Met]) -> Iterator[Sequence[int]]:
+    """Yield other samples for steps, as many for each: never shown, where there are such."""
+    size, need = run.recipe.train.batch_size, sum(len(met.samples) for met in usual)
+    shown = [samples_of(r, size)[-1] + 1 for r in records if r["type"] == "step"]
+    # Also after what "same" would show in the future, as long as steps are no larger than a full one.
+    at = max([present.next_sample, *shown]) + len(usual) * size
+    end = None if run.loader.mix is None else run.loader.mix.total
+    if end is not None and at + need > end:
+        at = (usual[0].samples[0] + end // 2) % end if usual else 0
+        at = max(0, min(at, end - need))
+    for met in usual:
+        other = after(at, len(met.samples), present.skips if end is None else [])
+        at = other[-1] + 1
+        yield other
+
+
+def _shown(samples: Sequence[int], view: View, lr: float | None, act: Record | None) -> Shown:
+    return Shown(samples, view, lr, *(() if act is None else (act["action"], act)))
 
 
 def _acts(records: list[Record]) -> dict[int, Record]:
@@ -162,8 +216,7 @@ def _acts(records: list[Record]) -> dict[int, Record]:
 
 def _step(run: Run, shown: Shown) -> tuple[float, float]:
     """Do one step as ``shown`` says; return its loss and gradient norm, NaN where not finite."""
-    run.position.next_sample = shown.sample
-    for batch in run.next_batches():
+    for batch in run.next_batches(shown.samples, shown.view):
         run.backward(batch)
     if shown.lr is not None:
         for group in run.optimizer.param_groups:
@@ -236,8 +289,8 @@ class _Ear:
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
 
-    def saw(self, batch: Batch, out: LossOutput) -> None:
-        self.losses.append(out.ce.detach())
+    def saw(self, batch: Batch, out: LossOutput, weight: Tensor | None) -> None:
+        self.losses.append(weighed(out.ce.detach().double(), weight))  # in fp64, as the run's senses do
 
 
 class _Tensors:

@@ -19,8 +19,10 @@ from poise.core import config as configs
 from poise.core.errors import UserError
 from poise.core.journal import Journal, read, timeline
 from poise.dashboard.report import write_report
-from poise.data.loader import Loader
+from poise.data import sources
+from poise.data.feed.loader import Loader
 from poise.data.prepare import prepare
+from poise.data.sources import STDLIB
 from poise.data.store import Tokens, is_prepared, open_tokens
 from poise.guard.guard import build as build_guard
 from poise.guard.signals.linears import LinearNorms
@@ -30,6 +32,7 @@ from poise.model.build import build as build_model
 from poise.model.counts import count
 from poise.train import loop
 from poise.train.budget import UTILISATION
+from poise.train.drop import Drop
 from poise.train.host import TrainHost
 from poise.train.observers import Observer
 from poise.train.optimizer import optimizer_for
@@ -40,6 +43,9 @@ from poise.train.state import Run
 log = logging.getLogger("poise")
 
 JOURNAL_FORMAT = 1
+MOST_WHILE_RANKS_WAIT = 2**30
+"""Bytes of text that rank 0 prepares while the others wait: minutes; their patience is half an hour."""
+
 WORTH_COMPILING_S = 600.0
 """``compile = auto`` compiles from this many seconds of expected run time. A cold compile costs about 30 s, and on a
 busy machine the expectation is too long."""
@@ -74,7 +80,7 @@ def train(
     try:
         tokens, recipe = prepared(recipe, progress, world)
         recipe = resolve(recipe, tokens)
-        check(recipe, tokens, world)
+        loader = check(recipe, tokens, world)
         if world.rank == 0:
             _write_recipe(recipe, folder)
     except BaseException:
@@ -82,7 +88,7 @@ def train(
             folder.rmdir()  # still empty: nothing of the user's is lost
         raise
     distributed.barrier()
-    run = assemble(recipe, folder, tokens, world, observers)
+    run = assemble(recipe, folder, tokens, world, observers, loader)
     with _closing(run, folder):
         _write_run_record(run, command)
         if before is not None:
@@ -96,28 +102,40 @@ def resume(
     *,
     observers: Sequence[Observer] = (),
     command: str = "",
+    drop: Drop | None = None,
 ) -> loop.Outcome | None:
     """Go on with a run from its newest verified checkpoint; ``None`` when it has finished already.
 
+    Args:
+        over: values of the recipe to change.
+        drop: samples and documents not to train on from here on; later resumes keep to it.
+
     Raises:
-        UserError: no run there, its text has changed, or ``over`` changes what a checkpoint fixes.
+        UserError: no run there, its text has changed, ``over`` changes what a checkpoint fixes, or ``drop`` names a
+            document that is not there.
     """
     folder = Path(folder)
     recipe = read_recipe(folder, over)
-    records = read(folder / "journal.jsonl") if (folder / "journal.jsonl").exists() else []
-    done = _steps_done(records)
+    world = distributed.init()
+    # Rank 0 alone reads: a long journal is large, and others might see an older one on a slow file system.
+    records = read(folder / "journal.jsonl") if world.rank == 0 and (folder / "journal.jsonl").exists() else []
+    done, over_now, before = distributed.broadcast(
+        (_steps_done(records), finished(records, recipe), Drop.asked_before(records))
+    )
     if recipe.train.steps < done:
         raise UserError(f"the run has done {done} steps, train.steps is {recipe.train.steps}; use a larger number")
-    if finished(records, recipe):
+    if over_now:
         return None
-    world = distributed.init()
     # What was prepared for this run stays, even if its source has changed since; only if it is gone, it is remade.
     kept = Path(recipe.data.dir)
-    tokens = open_tokens(kept) if is_prepared(kept) else prepared(recipe, None, world)[0]
-    check(recipe, tokens, world)
-    run = assemble(recipe, folder, tokens, world, observers)
+    tokens = open_tokens(kept) if distributed.broadcast(is_prepared(kept)) else prepared(recipe, None, world)[0]
+    loader = check(recipe, tokens, world)
+    run = assemble(recipe, folder, tokens, world, observers, loader)
     with _closing(run, folder):
-        _take_up(run, folder, records, over, command)
+        wished = drop or Drop()
+        wished.check(run)  # before the journal knows of it
+        _take_up(run, folder, records, done, over, command, wished)
+        before.and_also(wished).apply(run)
         return _attempt(run)
 
 
@@ -138,10 +156,12 @@ def read_recipe(folder: Path, over: Mapping[str, Any] | None = None) -> Recipe:
     values = configs.load(folder / "recipe.toml")
     recipe = configs.build(Recipe, configs.merge(values, over or {}))
     fixed = configs.build(Recipe, values)
+    # The place of the data may change: what it holds is compared with the checkpoint's.
+    elsewhere = fixed.replace("data", dir=recipe.data.dir)
     for section in ("seed", "model", "data"):
-        if getattr(recipe, section) != getattr(fixed, section):
+        if getattr(recipe, section) != getattr(elsewhere, section):
             raise UserError(f"a resumed run cannot change '{section}'; start a new run: poise train ... --{section}")
-    for key in ("seq_len", "batch_size", "dtype"):
+    for key in ("seq_len", "batch_size", "dtype", "length_start", "length_tokens", "batch_start", "batch_tokens"):
         if getattr(recipe.train, key) != getattr(fixed.train, key):
             raise UserError(f"a resumed run cannot change 'train.{key}'; start a new run for that")
     return recipe
@@ -152,18 +172,23 @@ def prepared(recipe: Recipe, progress: Progress | None, world: distributed.World
     data = recipe.data
     folder = Path(data.dir) if data.dir else None
     if world.rank == 0:
-        done = prepare(
-            data.source,
-            folder,
-            vocab_size=data.vocab_size,
-            tokenizer=data.tokenizer or None,
-            val_fraction=data.val_fraction,
-            text_field=data.text_field,
-            progress=progress,
-        )
-        folder = done.dir
+        if world.size > 1:
+            _refuse_long_preparation(data.source)
+        folder = prepare(data.source, folder, data.settings, progress=progress).dir
     folder = Path(distributed.broadcast(str(folder)))
     return open_tokens(folder), recipe.replace("data", dir=str(folder.resolve()))
+
+
+def _refuse_long_preparation(source: str) -> None:
+    """Raise a ``UserError`` where the other ranks would wait for the text until their patience is over."""
+    if source == STDLIB or is_prepared(Path(source).expanduser()):
+        return
+    size = sources.resolve(source).size
+    if size is None or size > MOST_WHILE_RANKS_WAIT:
+        raise UserError(
+            f"'{source}' takes too long to prepare while other processes wait; do it first with poise data prepare "
+            f"{source} --out DIR, then train with --data.source DIR"
+        )
 
 
 def resolve(recipe: Recipe, tokens: Tokens) -> Recipe:
@@ -190,30 +215,53 @@ def expected_seconds(recipe: Recipe, vocab_size: int) -> float:
     """Rough time of the run here: its arithmetic at ``UTILISATION`` of this machine's matrix-product rate."""
     device = distributed.init().device
     rate = throughput.matmul_rate(precision.pick_dtype(recipe.train.dtype, device), device)
-    flops = count(recipe.spec(vocab_size)).flops_per_token * recipe.tokens_per_step * recipe.train.steps
+    flops = count(recipe.spec(vocab_size)).flops_per_token * recipe.total_tokens
     return float(flops / (UTILISATION * rate * distributed.size()))
 
 
-def check(recipe: Recipe, tokens: Tokens, world: distributed.World) -> None:
-    """Find what cannot work before the first step."""
+def check(recipe: Recipe, tokens: Tokens, world: distributed.World) -> Loader:
+    """Find what cannot work before the first step; return the loader of the training text."""
     if recipe.train.batch_size % world.size:
         raise UserError(
             f"train.batch_size {recipe.train.batch_size} does not divide over {world.size} processes; "
             f"use a multiple of {world.size}"
         )
-    Loader(tokens, recipe.train.seq_len, recipe.seed)  # raises where the text is shorter than one sequence
+    growing = recipe.train.batch_ramp
+    for size in sorted({recipe.train.batch_size, *(rows for _, rows in (growing.changes if growing else ()))}):
+        micro = min(recipe.train.micro_batch or size, size // world.size)
+        if size % world.size or (size // world.size) % max(1, micro):
+            key = "micro_batch" if size == recipe.train.batch_size else "batch_start"
+            raise UserError(
+                f"a step of {size} sequences cannot be shared evenly by {world.size} processes with train.micro_batch "
+                f"{recipe.train.micro_batch}; use another train.{key}"
+            )
+    # Raises where the text is shorter than one sequence, or the mixture names a source that is not there.
+    loader = Loader(tokens, recipe.train.seq_len, recipe.seed, feed=recipe.data.feed)
+    end = None if loader.mix is None else loader.mix.total
+    if end is not None and recipe.total_samples > end:
+        raise UserError(
+            f"the run needs {recipe.total_samples:,} samples and the mixture ends after {end:,}; raise the limits of "
+            f"epochs in data.mix, or lower train.steps"
+        )
+    return loader
 
 
 def assemble(
-    recipe: Recipe, folder: Path, tokens: Tokens, world: distributed.World, observers: Sequence[Observer]
+    recipe: Recipe,
+    folder: Path,
+    tokens: Tokens,
+    world: distributed.World,
+    observers: Sequence[Observer],
+    loader: Loader | None = None,
 ) -> Run:
-    """Build the run's parts from its resolved recipe. Nothing is trained or loaded yet.
+    """Build the run's parts from its resolved recipe (``loader``: the one that ``check`` made). Nothing is trained yet.
 
     The journal comes first: its lock says that no other process is at work in the folder.
     """
     journal = Journal(folder / "journal.jsonl") if world.rank == 0 else None
     try:
-        return _assemble(recipe, folder, tokens, world, observers, journal)
+        loader = loader or Loader(tokens, recipe.train.seq_len, recipe.seed, feed=recipe.data.feed)
+        return _assemble(recipe, folder, tokens, world, observers, journal, loader)
     except BaseException:
         if journal is not None:
             journal.close()
@@ -227,6 +275,7 @@ def _assemble(
     world: distributed.World,
     observers: Sequence[Observer],
     journal: Journal | None,
+    loader: Loader,
 ) -> Run:
     config = recipe.train
     torch.set_num_threads(config.threads or torch.get_num_threads())
@@ -240,14 +289,14 @@ def _assemble(
     optimizer = optimizer_for(recipe.optim, model)
     validation = None
     if recipe.data.val_fraction > 0 and len(tokens.split("val").tokens) > config.seq_len:
-        validation = Loader(tokens, config.seq_len, recipe.seed, split="val")
+        validation = Loader(tokens, config.seq_len, recipe.seed, "val", recipe.data.feed)
     store = CheckpointStore(folder / "checkpoints", config.keep_last, config.keep_best)
     run = Run(
         recipe=recipe,
         model=model,
         optimizer=optimizer,
         guard=build_guard(recipe.guard),
-        loader=Loader(tokens, config.seq_len, recipe.seed),
+        loader=loader,
         validation=validation,
         world=world,
         store=store,
@@ -259,8 +308,10 @@ def _assemble(
         },
         text={
             **{key: tokens.manifest[key] for key in ("source", "splits", "replaced_bytes", "skipped")},
+            "converted": tokens.manifest.get("converted", {}),
             "fingerprint": tokens.fingerprint,
             "validation": validation is not None,
+            **({} if loader.mix is None else {"mix": loader.mix.report(recipe.total_samples, config.seq_len)}),
         },
         observers=list(observers) if world.rank == 0 else [],
     )
@@ -287,14 +338,21 @@ def _write_run_record(run: Run, command: str) -> None:
         data=run.text,
     )
     run.tell("on_start", record)
+    for line in (one["warning"] for one in run.text.get("mix", ()) if one["warning"]):
+        run.tell("on_note", line)
 
 
 def _take_up(
-    run: Run, folder: Path, records: Sequence[Mapping[str, Any]], over: Mapping[str, Any] | None, command: str
+    run: Run,
+    folder: Path,
+    records: Sequence[Mapping[str, Any]],
+    done: int,
+    over: Mapping[str, Any] | None,
+    command: str,
+    drop: Drop,
 ) -> None:
     """Bring an assembled run to where its newest verified checkpoint is, and say so in the journal."""
     reason, damaged = "no checkpoint yet: started again from step 0", list[str]()
-    done = _steps_done(records)
     if run.store.steps():
         limit = run.store.resume_limit()
         loaded = run.restore(limit)
@@ -315,7 +373,14 @@ def _take_up(
         _write_run_record(run, command)
     else:
         run.tell("on_start", next(r for r in reversed(records) if r["type"] == "run"))
-    run.journal.write("restart", step=run.position.step, reason=reason, damaged_checkpoints=damaged)
+    facts: dict[str, Any] = {"damaged_checkpoints": damaged}
+    if run.position.documents:
+        facts["dropped"] = run.position.documents
+    if drop.samples:
+        facts["drop_samples"] = drop.samples
+    if drop.documents:
+        facts["drop_documents"] = drop.documents
+    run.journal.write("restart", step=run.position.step, reason=reason, **facts)
 
 
 def _attempt(run: Run) -> loop.Outcome:

@@ -17,6 +17,8 @@ from poise.guard.signals.tracker import Tracker
 from poise.guard.signals.weights import moment_readings, weight_readings
 from poise.hardware.distributed import mean_over_ranks
 from poise.model.losses import LossOutput
+from poise.train.evaluate import arguments_of
+from poise.train.position import weighed
 
 if TYPE_CHECKING:
     from poise.train.state import Run
@@ -41,6 +43,8 @@ class Senses:
         self._tracker = Tracker(run.model, run.optimizer, norm=run.optimizer.measure)
         self._sites = find_sites(run.model)
         self._losses: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor | None] = []
+        self._first: torch.Tensor | None = None
         self._log_z: list[torch.Tensor] = []
         self._prints: list[int] = []
         self._batch: Batch | None = None
@@ -50,29 +54,37 @@ class Senses:
         """Whether the layers are measured at ``step``."""
         return bool(self._every) and step % self._every == 0
 
-    def saw(self, batch: Batch, out: LossOutput) -> None:
-        """Take in a micro-batch that was just trained on."""
+    def saw(self, batch: Batch, out: LossOutput, weight: torch.Tensor | None) -> None:
+        """Take in a micro-batch that was just trained on, and its weight in the mean of the step (``None``: 1)."""
         if not self._losses:
-            self._batch = batch
+            self._batch, self._first = batch, out.ce.detach()
         self._losses.append(out.ce.detach())
-        self._log_z.append(out.log_z.detach())
+        self._weights.append(weight)
+        self._log_z.append(weighed(out.log_z.detach(), weight))
         self._prints.append(zlib.crc32(memoryview(batch.inputs.contiguous().numpy()).cast("B")))
 
     def read(self) -> Signals:
         """Return the step's signals, equal on all ranks. One collective, one wait for the device."""
         run, step = self._run, self._run.position.step
+        assert self._first is not None
         extra: dict[str, torch.Tensor | float] = {
-            "first_loss": self._losses[0],
+            "first_loss": self._first,
             "log_z": torch.stack(self._log_z).mean(),
             "fingerprint": float(combine_ints(self._prints)),
         }
         if self.measures(step):
             extra |= self._layers() | weight_readings(run.model)
-        losses = list(self._losses)
-        for gathered in (self._losses, self._log_z, self._prints):
+        losses, weights = list(self._losses), list(self._weights)
+        for gathered in (self._losses, self._weights, self._log_z, self._prints):
             gathered.clear()
         return self._tracker.read(
-            losses, step, run.optimizer.lr, tokens=run.position.tokens, extra=extra, token=run.guard.token
+            losses,
+            step,
+            run.optimizer.lr,
+            tokens=run.position.tokens,
+            extra=extra,
+            token=run.guard.token,
+            weights=weights,
         )
 
     def settle(self, signals: Signals, decision: Decision) -> None:
@@ -83,9 +95,7 @@ class Senses:
         if isinstance(decision, Proceed) and not any(alarm.severity == "critical" for alarm in decision.alarms):
             position = self._run.position
             if signals.step % AGE == 0:  # an older one is kept: a trouble is seen a few steps after it began
-                position.good_sample, position.good_loss = position.next_good_sample, position.next_good_loss
-                position.next_good_sample = self._run.first_sample
-                position.next_good_loss = signals.extra["first_loss"]
+                position.good, position.next_good = position.next_good, self._run.sound(signals.extra["first_loss"])
         self._batch = None
 
     def changed(self, decision: Decision) -> None:
@@ -108,38 +118,38 @@ class Senses:
         found = floats({} if "weight_rms@embed" in signals.extra else weight_readings(run.model))
         found |= self._again()
         assert self._batch is not None
-        inputs, targets = self._on_device(self._batch)
-        losses_B = per_sequence_loss(run.model, (inputs, targets))
+        inputs, targets, named = self._on_device(self._batch)
+        losses_B = per_sequence_loss(run.model, (inputs, targets), named)
         if losses_B is not None:
             found |= floats({"sequence_loss_max": losses_B.amax(), "sequence_loss_median": losses_B.nanmedian()})
         found |= floats(moment_readings(run.model, run.optimizer))
         if signals.step - self._bent >= BEND_EVERY or signals.step < self._bent:
             self._bent = signals.step
-            some, of_them = inputs[:ROWS], targets[:ROWS]
+            some, of_them, few = self._on_device(self._batch, ROWS)
             found |= gradient_curvature(
-                run.model, lambda: run.model(some, of_them).loss, max(signals.lr, 1e-12), optimizer=run.optimizer
+                run.model, lambda: run.model(some, of_them, **few).loss, max(signals.lr, 1e-12), optimizer=run.optimizer
             )
         return over_ranks(found)
 
     def _again(self) -> dict[str, float]:
         """The last good micro-batch with the present weights, and the layers it sees."""
-        run = self._run
-        if run.position.good_sample < 0:
+        run, good = self._run, self._run.position.good
+        if good is None:
             return {}
-        inputs, targets = self._on_device(run.loader.batch(run.own_first(run.position.good_sample), run.micro_batch))
-        found = probe(run.model, lambda: run.model(inputs, targets).ce, ROWS, sites=self._sites)
+        inputs, targets, named = self._on_device(run.first_batch(good))
+        found = probe(run.model, lambda: run.model(inputs, targets, **named).ce, ROWS, sites=self._sites)
         assert found.loss is not None
-        expected = {"probe_expected": run.position.good_loss}
+        expected = {"probe_expected": good.loss}
         return floats({"probe_loss": found.loss.detach().float(), **found.readings}) | expected
 
     def _layers(self) -> dict[str, torch.Tensor]:
         assert self._batch is not None
-        inputs, targets = (tensor[:ROWS] for tensor in self._on_device(self._batch))
-        return probe(self._run.model, lambda: self._run.model(inputs, targets).ce, ROWS, sites=self._sites).readings
+        inputs, targets, named = self._on_device(self._batch, ROWS)
+        model = self._run.model
+        return probe(model, lambda: model(inputs, targets, **named).ce, ROWS, sites=self._sites).readings
 
-    def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self._run.world.device
-        return batch.inputs.to(device), batch.targets.to(device)
+    def _on_device(self, batch: Batch, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        return arguments_of(batch, self._run.world.device, rows)
 
 
 class Blind(Senses):
@@ -150,9 +160,9 @@ class Blind(Senses):
         self._every = 0
         self._losses: list[torch.Tensor] = []
 
-    def saw(self, batch: Batch, out: LossOutput) -> None:
+    def saw(self, batch: Batch, out: LossOutput, weight: torch.Tensor | None) -> None:
         """Take in a micro-batch's loss."""
-        self._losses.append(out.ce.detach())
+        self._losses.append(weighed(out.ce.detach(), weight))
 
     def read(self) -> Signals:
         """Return loss and norm, equal on all ranks. One wait for the device."""

@@ -1,7 +1,8 @@
 """The run: everything a step needs, and all of its state in one place.
 
 ``Run.save`` and ``Run.restore`` are the whole truth: 20 steps, save, load and 20 more equal 40 straight
-steps bit for bit. A batch is a pure function of (seed, sample number), so the data's state is one number.
+steps bit for bit. A batch is a pure function of (seed, sample number), so the data's state is one number and what is
+left out (``position``).
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from poise.core.host import Host, Rewinder
 from poise.core.journal import Journal, read, timeline
-from poise.core.types import Batch, Decision, Rollback, Signals, Verdict, Watch
-from poise.data.loader import Loader
+from poise.core.types import IGNORE, Batch, Decision, Rollback, Signals, Verdict, Watch
+from poise.data.feed.loader import Loader, View
+from poise.data.feed.skips import samples_of, spans
 from poise.guard.guard import Guard
 from poise.guard.signals.linears import LinearNorms
 from poise.hardware import distributed
@@ -30,8 +33,21 @@ from poise.model.decoder import Decoder
 from poise.optim.chain import Chain
 from poise.optim.schedules import lr_at
 from poise.train import mend
+from poise.train.evaluate import arguments_of
 from poise.train.host import rewarmed
 from poise.train.observers import Observer, StepReport
+from poise.train.position import (
+    Position,
+    Sound,
+    batches,
+    fetch,
+    listed,
+    micro_batches,
+    upcoming,
+    view_at,
+    view_of,
+    weighed,
+)
 from poise.train.recipe import Recipe
 from poise.train.senses import Senses
 
@@ -47,32 +63,6 @@ SAME_TROUBLE = 20
 
 SMOOTHING = 0.95
 """Weight of the past in the smoothed loss that is shown to people; nothing decides by it."""
-
-
-@dataclass
-class Position:
-    """Where the run is. ``step`` steps are done; ``next_sample`` is the next one that has not been shown.
-
-    ``lr_scale`` and ``rewarm_*`` are what the guard made of the learning rate, ``fp32_places`` what it computes in
-    fp32; ``good_sample`` is the first sample of a sound step some steps ago, ``good_loss`` its first micro-batch's
-    loss; ``next_good_*`` will follow them.
-    """
-
-    step: int = 0
-    next_sample: int = 0
-    tokens: int = 0
-    lr_scale: float = 1.0
-    rewarm_factor: float = 1.0
-    rewarm_start: int = 0
-    rewarm_steps: int = 0
-    fp32_places: list[str] = field(default_factory=list)
-    good_sample: int = -1
-    good_loss: float = 0.0
-    next_good_sample: int = -1
-    next_good_loss: float = 0.0
-    smooth: float | None = None
-    val_loss: float | None = None
-    val_step: int = -1
 
 
 @dataclass
@@ -102,7 +92,12 @@ class Run:
     linear_norms: dict[str, float] = field(default_factory=dict)
     halted: str | None = None
     last_layers: dict[str, float] = field(default_factory=dict)
-    first_sample: int = 0
+    shown: Sequence[int] = (0,)
+    _rows: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _weight: torch.Tensor | None = None
+    _part: float = 1.0
+    _parts: Sequence[Sequence[int]] = ()
+    _micro: int = 1
     _verdict: tuple[str, str, int] | None = None
     _began: float = 0.0
     _recorded: float = 0.0
@@ -110,45 +105,104 @@ class Run:
 
     # -- the parts of a step ---------------------------------------------------------------------------
 
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of this rank that go through the model at once."""
-        return min(self.recipe.train.micro_batch or self._per_rank, self._per_rank)
+    def next_batches(self, samples: Sequence[int] | None = None, view: View | None = None) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of the next step and move the data position past the step.
 
-    @property
-    def _per_rank(self) -> int:
-        return self.recipe.train.batch_size // self.world.size
-
-    def next_batches(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of the next step and move the data position past the step."""
+        ``samples`` are shown instead of the next ones in a replay, as ``view`` has it.
+        """
         self._began = time.perf_counter()
-        position, config = self.position, self.recipe.train
+        position = self.position
+        self._rows.clear()
+        view = view or view_at(self.recipe, position)
+        shown = upcoming(self.recipe, position) if samples is None else samples
         position.step += 1
         self.set_lr()
-        self.first_sample = position.next_sample
-        position.next_sample += config.batch_size
-        position.tokens += self.recipe.tokens_per_step
-        first = self.own_first(self.first_sample)
+        self.shown = shown
+        position.next_sample = shown[-1] + 1
+        position.tokens += self.step_tokens
+        parts = micro_batches(self.recipe, shown, self.world.rank, self.world.size)
+        self._parts = parts
+        self._micro, self._part = len(parts[0]), 1 / len(parts)
         with nullcontext() if self.linears is None else self.linears.step(position.step):
-            for start in range(first, first + self._per_rank, self.micro_batch):
-                yield self.loader.batch(start, self.micro_batch)
+            for batch, weight in batches(self.loader, parts, view, self.world.device):
+                self._weight = weight
+                yield batch
 
-    def own_first(self, sample: int) -> int:
-        """This rank's first sample of the step that begins with ``sample``."""
-        return sample + self.world.rank * self._per_rank
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the step being done."""
+        return len(self.shown) * self.recipe.train.seq_len
+
+    @property
+    def first_sample(self) -> int:
+        """First sample of the step being done."""
+        return self.shown[0]
+
+    def sound(self, loss: float) -> Sound:
+        """Return the step just done as one to compare others with; ``loss`` is that of its first micro-batch."""
+        return Sound(self.position.step, spans(self.shown), self.position.tokens - self.step_tokens, loss)
+
+    def first_batch(self, of: Sound) -> Batch:
+        """Return this rank's first micro-batch of a sound step again, as that step showed it."""
+        samples = listed(of.spans)
+        view = view_of(self.recipe, self.position, of.step, of.seen)
+        return fetch(self.loader, micro_batches(self.recipe, samples, self.world.rank, self.world.size)[0], view)
+
+    def used_up(self) -> str:
+        """Return why the next step cannot be: the mixture has an end, and it is reached; else an empty text."""
+        end = None if self.loader.mix is None else self.loader.mix.total
+        if end is None or upcoming(self.recipe, self.position)[-1] < end:
+            return ""
+        return (
+            f"the mixture ends after {end:,} samples, by its limits of epochs, and what rollbacks and drops left out "
+            f"was taken from them; the last state is saved. Resume with a smaller train.steps, or start anew with more"
+        )
 
     def set_lr(self) -> None:
-        """Set the learning rate of the current step: base rate x schedule x what the guard made of it."""
-        optim, position = self.recipe.optim, self.position
+        """Set the learning rate of the current step: base rate x schedule x what a growing batch and the guard make of
+        it."""
+        optim, position, growing = self.recipe.optim, self.position, self.recipe.train.batch_ramp
         factor = lr_at(position.step, self.recipe.train.steps, optim.schedule)
+        if growing is not None:
+            factor *= growing.lr_factor(position.tokens)
         self.optimizer.set_lr(optim.lr * factor * position.lr_scale * rewarmed(position, position.step))
 
     def backward(self, batch: Batch) -> None:
-        """Add the micro-batch's share of the gradient."""
-        device = self.world.device
-        out = self.model(batch.inputs.to(device), batch.targets.to(device))
-        (out.loss * (self.micro_batch / self._per_rank)).backward()
-        self.senses.saw(batch, out)
+        """Add the micro-batch's share of the gradient: every target that counts weighs the same in the step."""
+        inputs, targets, named = arguments_of(batch, self.world.device)
+        out = self.model(inputs, targets, token_loss=True, **named)
+        (weighed(out.loss, self._weight) * self._part).backward()
+        self.senses.saw(batch, out, self._weight)
+        if out.token_loss is not None:
+            self._rows.append((out.token_loss.sum(-1), (batch.targets != IGNORE).sum(-1)))
+
+    def empty(self, signals: Signals) -> bool:
+        """Whether no target of the step counts, on any rank: its loss is then exactly 0, as no other step's is."""
+        return signals.loss == 0.0 and all(int(counts.sum()) == 0 for _, counts in self._rows)
+
+    def sample_losses(self) -> list[float]:
+        """Return the mean loss of each sample of the step, NaN where nothing of it counts; all ranks call together."""
+        own = list[float]()
+        for sums, counts in self._rows:
+            each = len(sums) // self._micro  # rows that one sample was cut into
+            total, of = sums.view(-1, each).sum(1).double(), counts.view(-1, each).sum(1).to(sums.device)
+            own += (total / of).tolist()
+        return [value for rank in distributed.gather(own) for value in rank]
+
+    def source_losses(self) -> dict[str, float]:
+        """Return the mean loss over targets of each source of the mixture that the step showed; one collective."""
+        own = [sample for part in self._parts for sample in part]
+        sums, counts = (torch.cat(column).double() for column in zip(*self._rows, strict=True))
+        each = len(sums) // len(own)  # rows that one sample was cut into
+        number = torch.from_numpy(np.repeat(self.loader.source_of(own), each)).to(sums.device)
+        found = torch.zeros(2, len(self.loader.sources), dtype=torch.float64, device=sums.device)
+        found.index_add_(1, number, torch.stack([sums, counts.to(sums.device)]))
+        totals, numbers = mean_over_ranks(found).tolist()
+        return {
+            name: round(total / count, 4)
+            for name, total, count in zip(self.loader.sources, totals, numbers, strict=True)
+            if count
+        }
 
     def read_signals(self) -> Signals:
         """Return what the guard decides by, equal on all ranks. The step's only wait for the device, but for norms of
@@ -163,6 +217,8 @@ class Run:
         if decision.action == "proceed" and math.isfinite(signals.loss):
             before = signals.loss if position.smooth is None else position.smooth
             position.smooth = SMOOTHING * before + (1 - SMOOTHING) * signals.loss
+        losses = self.sample_losses() if self._wants_losses(decision) else []
+        by_source = self.source_losses() if self.loader.mix is not None else {}
         self._recorded = time.perf_counter()
         if self.journal is None:
             return
@@ -176,9 +232,10 @@ class Run:
             lr=signals.lr,
             tokens=signals.tokens,
             sample=self.first_sample,
+            **self._what_was_shown(decision, losses, by_source),
             action=decision.action,
             seconds=round(seconds, 4),
-            tokens_per_s=round(self.recipe.tokens_per_step / seconds, 1),
+            tokens_per_s=round(self.step_tokens / seconds, 1),
             **{name: value for name, value in signals.extra.items() if "@" not in name and name not in NOT_JOURNALLED},
         )
         critical = any(alarm.severity == "critical" for alarm in decision.alarms)
@@ -203,6 +260,22 @@ class Run:
                 **fields,
             )
 
+    def _wants_losses(self, decision: Decision) -> bool:
+        return bool(decision.alarms) or self.recipe.train.row_losses
+
+    def _what_was_shown(
+        self, decision: Decision, losses: list[float], by_source: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Return what a step's record says of its samples beyond the first: only what is not plain."""
+        config, facts = self.recipe.train, dict[str, Any]()
+        if len(self.shown) != config.batch_size:
+            facts["rows"] = len(self.shown)
+        if not isinstance(self.shown, range):
+            facts["spans"] = spans(self.shown)
+        if config.row_losses or decision.alarms:
+            facts["row_losses"] = [round(value, 4) for value in losses]
+        return facts | ({"source_losses": by_source} if self.loader.mix is not None else {})
+
     def _record_verdict(self, step: int, verdict: Verdict | None) -> None:
         """Write a verdict once for a trouble, and again when it changes."""
         if verdict is None or self.journal is None:
@@ -213,7 +286,7 @@ class Run:
             return
         fields = asdict(verdict)
         if verdict.cause == "data":
-            fields["samples"] = (self.first_sample, self.first_sample + self.recipe.train.batch_size - 1)
+            fields["samples"] = (self.shown[0], self.shown[-1])
         self.journal.write("verdict", step=step, **fields)
 
     def investigate_first(self, signals: Signals, decision: Decision) -> None:
@@ -236,18 +309,20 @@ class Run:
             level: the loss that a healthy step would have had, in nats.
         """
         records = [] if self.journal is None else read(self.journal.path)
-        keys = ("step", "loss", "grad_norm", "sample")
-        done = [tuple(r[key] for key in keys) for r in timeline(records) if r["type"] == "step"]
-        steps = distributed.broadcast(done)
-        samples = [
-            (first, first + self.recipe.train.batch_size - 1) for step, _, _, first in steps if step == event_step
+        size = self.recipe.train.batch_size
+        done = [
+            (r["step"], r["loss"], r["grad_norm"], r["sample"], samples_of(r, size)[-1])
+            for r in timeline(records)
+            if r["type"] == "step"
         ]
+        steps = distributed.broadcast(done)
+        samples = [(first, last) for step, _, _, first, last in steps if step == event_step]
         assert isinstance(self.host, Rewinder)
         verdict = self.guard.investigate(
             event_step,
             self.host,
-            observed=[(step, loss) for step, loss, _, _ in steps],
-            grad_norms=[(step, norm) for step, _, norm, _ in steps],
+            observed=[(step, loss) for step, loss, _, _, _ in steps],
+            grad_norms=[(step, norm) for step, _, norm, _, _ in steps],
             level=level,
             samples=samples[-1] if samples else None,
             deterministic=self.world.device.type == "cpu",
@@ -264,7 +339,7 @@ class Run:
             signals=signals,
             decision=decision,
             seconds=seconds,
-            tokens_per_s=self.recipe.tokens_per_step / seconds,
+            tokens_per_s=self.step_tokens / seconds,
             smooth=math.nan if self.position.smooth is None else self.position.smooth,
             total_steps=self.recipe.train.steps,
             guard_state=self._guard_state(signals.step, decision),
@@ -312,7 +387,7 @@ class Run:
             UserError: there is none, or it is from another recipe.
         """
         loaded = self.store.restore(self.model, self.optimizer, at_most=at_most, expect=self.fingerprint)
-        self.position = Position(**loaded.meta["position"])
+        self.position = Position.of(loaded.meta["position"])
         mend.set_precision(self.model, self.position.fp32_places)
         self.guard.load_state_dict(loaded.meta["guard"], keep_policy=after_rollback)
         self.senses.load_state_dict(loaded.meta["senses"])

@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from poise.train.state import Run
 
 
+EMPTY = "none of the step's targets counts: all of it is masked or dropped"
+
+
 def train_step(run: Run) -> tuple[Signals, Decision]:
     """Do the next step: gradients, one reading, one decision, and what was decided."""
     for batch in run.next_batches():
         run.backward(batch)  # accumulates over micro-batches
     signals = run.read_signals()  # reduced over ranks; the step's one host sync
-    decision = run.guard.decide(signals)
+    decision = run.guard.decide(signals) if not run.empty(signals) else Skip(reason=EMPTY)
     run.record(signals, decision)  # before acting: what was decided survives a crash while acting
     run.senses.settle(signals, decision)
     match decision:

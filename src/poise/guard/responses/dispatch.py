@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from poise.core.errors import UserError
-from poise.core.host import Host, Mender
+from poise.core.host import Curator, Host, Mender
 from poise.core.types import (
     Decision,
     DropData,
@@ -52,8 +52,13 @@ def carry_out(decision: Decision, host: Host) -> int | None:
             _try(lambda: host.qk_clip(places, threshold), "clip the attention weights")
         case RaisePrecision(places=places) if isinstance(host, Mender):
             _try(lambda: host.raise_precision(places), "raise the precision")
-        case DropData(first=first, last=last):
-            host.drop_data(first, last)
+        case DropData(first=first, last=last, documents=documents):
+            if first <= last:
+                host.drop_data(first, last)
+            if documents and isinstance(host, Curator):
+                _try(lambda: host.drop_documents(documents), "drop documents")
+            elif documents:
+                log.warning("guard wanted to drop %d documents, which this loop cannot do", len(documents))
         case Halt(reason=reason):
             host.halt(reason)
         case QkClip() | RaisePrecision():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -112,6 +112,7 @@ class Tracker:
         tokens: int = 0,
         extra: Mapping[str, Tensor | float] | None = None,
         token: int = 0,
+        weights: Sequence[Tensor | None] | None = None,
     ) -> Signals:
         """Return the step's signals. Call it after the last ``backward`` and before anything clips or steps.
 
@@ -124,6 +125,7 @@ class Tracker:
             extra: further readings, the same names on every rank: the largest over ranks of names with ``_max``,
                 a hash over ranks of ``fingerprint`` (an integer below 2**53), the mean of all others.
             token: a number for what was decided at the last step; ranks that bring different ones are stopped.
+            weights: of the losses in the mean, where micro-batches count differently; a part with weight 0 has no loss.
 
         Raises:
             UserError: a loss that is none of these.
@@ -148,7 +150,12 @@ class Tracker:
         scalars = [scalar(value, row.device) for value in values]
         row.own = [float(step), float(token % 2**BITS)]
         row.fingerprint = extra.pop("fingerprint", None)
-        row.means = {"loss": torch.stack(scalars).mean()}
+        weighed = scalars
+        if weights is not None and any(weight is not None for weight in weights):
+            each_weight = [scalar(1.0 if weight is None else weight, row.device) for weight in weights]
+            weighed = [value * weight for value, weight in zip(scalars, each_weight, strict=True)]
+            scalars = [torch.where(w > 0, value, -math.inf) for value, w in zip(scalars, each_weight, strict=True)]
+        row.means = {"loss": torch.stack(weighed).mean()}
         row.means |= {name: value for name, value in extra.items() if not is_largest(name)}
         row.highest = {name: value for name, value in extra.items() if is_largest(name)}
         if len(values) > 1 or ranks() > 1:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from poise.core.errors import UserError
 from poise.core.registry import Card
 from poise.model.blockwise import Maps
+from poise.model.documents import Documents
 from poise.model.flex import changed_attention
 from poise.model.place import Place
 from poise.model.spec import Part, Spec
@@ -74,8 +75,9 @@ class AttentionSink(nn.Module):
         if not isinstance(self.sink, nn.Parameter):
             self.sink.fill_(self.start)
 
-    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-        return changed_attention(q_BHTK, k_BGTK, v_BGTK, self.maps, self.sink)
+    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, documents: Documents | None = None) -> Tensor:
+        first_BT = None if documents is None else documents.first
+        return changed_attention(q_BHTK, k_BGTK, v_BGTK, self.maps, self.sink, first_BT=first_BT)
 
 
 PARTS: Final[Mapping[str, Mapping[str, Callable[..., Any]]]] = {"scores": {"attention_sink": AttentionSink}}

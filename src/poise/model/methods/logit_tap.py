@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from poise.core.errors import UserError
 from poise.core.registry import Card
+from poise.model.documents import Documents
 from poise.model.place import Place
 from poise.model.slots import make
 from poise.model.spec import Part, Spec
@@ -81,16 +82,20 @@ class LogitTap(nn.Module):
         """Forget what was read."""
         self.largest_H.fill_(-math.inf)
 
-    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tensor]:
         if self.training:
+            first_BT = None if documents is None else documents.first
             with torch.no_grad():
-                seen_H = largest(q_BHTK.detach(), k_BGTK.detach(), self.scale)
+                seen_H = largest(q_BHTK.detach(), k_BGTK.detach(), self.scale, first_BT=first_BT)
                 self.largest_H.copy_(torch.maximum(self.largest_H, seen_H.to(self.largest_H.dtype)))
         return q_BHTK, k_BGTK
 
 
-def largest(q_BHTK: Tensor, k_BGTK: Tensor, scale: float, budget: int = BUDGET) -> Tensor:
-    """Return the largest causal logit of every query head, (H,), at least fp32."""
+def largest(
+    q_BHTK: Tensor, k_BGTK: Tensor, scale: float, budget: int = BUDGET, first_BT: Tensor | None = None
+) -> Tensor:
+    """Return the largest causal logit of every query head, (H,), at least fp32; with the first positions of documents
+    the largest within documents."""
     B, H, T, K = q_BHTK.shape
     G = k_BGTK.shape[1]
     exact = torch.promote_types(q_BHTK.dtype, torch.float32)
@@ -102,7 +107,11 @@ def largest(q_BHTK: Tensor, k_BGTK: Tensor, scale: float, budget: int = BUDGET) 
         q_BGRtK = q_BHTK[:, :, start:stop].reshape(B, G, H // G, stop - start, K).to(exact)
         logit_BGRtT = q_BGRtK @ k_BG1TK[:, :, :, :stop].mT
         future_tT = torch.ones(stop - start, stop, dtype=torch.bool, device=q_BHTK.device).triu(start + 1)
-        tops.append(logit_BGRtT.masked_fill(future_tT, -math.inf).amax((0, 3, 4)).view(H))
+        logit_BGRtT = logit_BGRtT.masked_fill(future_tT, -math.inf)
+        if first_BT is not None:
+            foreign_BtT = torch.arange(stop, device=q_BHTK.device) < first_BT[:, start:stop, None]
+            logit_BGRtT = logit_BGRtT.masked_fill(foreign_BtT[:, None, None], -math.inf)
+        tops.append(logit_BGRtT.amax((0, 3, 4)).view(H))
     return torch.stack(tops).amax(0) * scale
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from poise.core.errors import UserError
 from poise.core.registry import Card
 from poise.model.blockwise import Maps
+from poise.model.documents import Documents
 from poise.model.flex import changed_attention
 from poise.model.place import Place
 from poise.model.spec import Part, Spec
@@ -54,8 +55,9 @@ class SoftClip(nn.Module):
         super().__init__()
         self.maps = Maps(scale, zeta=zeta, gamma=gamma)
 
-    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-        return changed_attention(q_BHTK, k_BGTK, v_BGTK, self.maps)
+    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, documents: Documents | None = None) -> Tensor:
+        first_BT = None if documents is None else documents.first
+        return changed_attention(q_BHTK, k_BGTK, v_BGTK, self.maps, first_BT=first_BT)
 
 
 PARTS: Final[Mapping[str, Mapping[str, Callable[..., Any]]]] = {"scores": {"soft_clip": SoftClip}}

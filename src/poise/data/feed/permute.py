@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.core.rng import derive
+from poise.data.bits import mix
 
 _ROUNDS: Final = 8  # even, so that the two halves end with the widths they started with
 
@@ -58,17 +59,10 @@ class Permutation:
         wide_left, wide_right = self._left, self._right
         left, right = x >> np.uint64(wide_right), x & _mask(wide_right)
         for key in self._keys:
-            left, right = right, left ^ (_mix(right + key) & _mask(wide_left))
+            left, right = right, left ^ (mix(right + key) & _mask(wide_left))
             wide_left, wide_right = wide_right, wide_left
         return (left << np.uint64(wide_right)) | right
 
 
 def _mask(bits: int) -> np.uint64:
     return np.uint64((1 << bits) - 1)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Spread every input bit over the word; uint64 arrays wrap around, as intended here."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
