@@ -1,6 +1,6 @@
 """How many planted near-duplicates are found, at known similarity, and how fast: both MinHash back ends.
 
-Run: ``python benchmarks/data/near_duplicates.py | tee benchmarks/results/data-near-duplicates.txt`` (some seconds).
+Run: ``python benchmarks/data/near_duplicates.py | tee benchmarks/results/data_near_duplicates.txt`` (some seconds).
 
 Made: documents of random words (frequencies by Zipf), and of each a copy with words replaced so that the exact
 Jaccard similarity of the two sets of word 5-grams is as wanted (within 0.005). Found: ``clusters.near`` over the
