@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from poise.cli.data import show
 from poise.cli.main import main
 from poise.data.clean.presets import PRESETS
 
@@ -253,3 +254,35 @@ def test_output_that_cannot_show_every_letter(shell: Shell, tmp_path: Path) -> N
     shell("prepare", "in", "--out", "out", "--vocab-size", "257")
     out = shell("inspect", "out", "--sample", "3") + shell("inspect", "out", "--histogram", "origin")
     assert "\x1b" not in out and "\\n\\x1b[31m0.txt" in out
+
+
+def test_records_are_shown_as_tables(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.txt").write_text(f"{number} begins" + " ab\n" * 60 + "{the} end " * 40)
+    shell("prepare", "in", "--out", "out", "--vocab-size", "270")
+    for view, name in (("--vocabulary", "top"), ("--repeats", "ngrams")):
+        facts, lines = shell.json("inspect", "out", view), shell("inspect", "out", view).splitlines()
+        head = lines.index(name.replace("_", " ")) + 1
+        assert lines[head - 2] == "" and len(facts[name]) > 0
+        assert len(lines[head:]) == 1 + len(facts[name])
+        assert lines[head].split() == [word for key in facts[name][0] for word in key.split("_")]
+        for line, record in zip(lines[head + 1 :], facts[name], strict=True):
+            assert repr(record["text"])[:40] in line and len(line) < 160
+            count = record["count" if view == "--vocabulary" else "tokens"]
+            assert f" {count:,}" in line
+        right = {len(line) for line in lines[head:]}
+        assert len(right) == 1  # the last column holds numbers, which end together
+
+
+def test_show_of_odd_records(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"n": 1, "rows": [{"a": None, "b": True, "c": 1234}, {"a": 0.25, "d": "x\ny"}], "none": []}, as_json=False)
+    out = capsys.readouterr().out
+    assert out.splitlines()[:2] == ["n     1", "none"]
+    assert out.splitlines()[2:] == [
+        "",
+        "rows",
+        "  a     b    c      d",
+        "  -     yes  1,234  -",
+        "  0.25  -    -      'x\\ny'",
+    ]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.core.errors import UserError
-from poise.data import store
+from poise.data import staging, store
 from poise.data.exchange import datatrove, hf, incoming, megatron, olmo, outgoing
 from poise.data.exchange.incoming import Import, Incoming
 from poise.data.tokens.periodic import REPEAT
@@ -44,7 +44,7 @@ def data(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> stor
     out = tmp_path_factory.mktemp("prepared") / "mixed"
     rows = texts(47)
     rows[5] = "spike" * 40
-    with store.staged(out) as folder:
+    with staging.staged(out) as folder:
         writers = {name: SplitWriter(folder, name, np.dtype("<u2")) for name in store.SPLITS}
         manifest_sources = []
         for name, first, last in (("web", 0, 30), ("books", 30, 47)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from poise.core.errors import UserError
 from poise.data.feed.loader import Feed, Loader
 from poise.data.look import health
-from poise.data.store import SPLITS, Tokens
+from poise.data.store import MANIFEST, SPLITS, Tokens
 from poise.data.tokens import periodic
 
 
@@ -62,3 +64,32 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
     for report in (health.repeats, health.vocabulary_of, health.warnings):
         with pytest.raises(UserError, match="holds no prepared data"):
             report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "what"),
+    [("start", 10**15, "cannot be"), ("start", -1, "cannot be"), ("period", 0, "cannot be"), ("period", 1, "has id")],
+)
+def test_repeats_that_cannot_be(cleaned: Tokens, tmp_path: Path, name: str, at: int, what: str) -> None:
+    copy = shutil.copytree(cleaned.dir, tmp_path / "copy")
+    if what == "has id":
+        first = int(cleaned.split("train").repeats["start"][0])
+        ids = np.fromfile(copy / "train.bin", np.uint16)
+        ids[first] = cleaned.vocab_size
+        ids.tofile(copy / "train.bin")
+    else:
+        spans = cleaned.split("train").repeats.copy()
+        spans[name][-1] = at
+        spans.tofile(copy / "train.repeats.bin")
+    with pytest.raises(UserError, match=f"damaged: .*{what}"):
+        health.repeats(copy)
+
+
+def test_a_tokenizer_of_another_size(cleaned: Tokens, tmp_path: Path) -> None:
+    copy = shutil.copytree(cleaned.dir, tmp_path / "copy")
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["tokenizer"]["vocab_size"] += 1
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    for report in (health.repeats, health.vocabulary_of):
+        with pytest.raises(UserError, match=r"tokenizer.json has 320 ids, the manifest says 321"):
+            report(copy)

@@ -123,7 +123,7 @@ def test_damaged_members_are_used_up_to_the_damage_and_named(poise: Poise, tmp_p
     folder = write(tmp_path / "in")
     least = damage(folder)
     ran = poise("prepare", folder, "--out", "out", *VOCABULARY)
-    assert ran.code == 0 and f"damaged, used up to the damage: {', '.join(least)}" in ran.err
+    assert ran.code == 0 and f"damaged, the rest of them is used: {', '.join(least)}" in ran.err
     facts = poise.prepare(folder, "--out", "out").facts
     assert facts["reused"] and facts["damaged"] == list(least) and facts["skipped"]["damaged file"] == len(least)
     table = verify("out").split("train").table
@@ -383,8 +383,57 @@ def test_changed_data_is_found(poise: Poise, prepared: tuple[Path, list[object]]
     _tamper(tmp_path / "out", what)
     assert "out' is damaged" in poise("verify", "out").line or what == "a list"
     if what in ("bit", "dropped"):
+        before = contents(tmp_path / "out")
+        if what == "bit":  # else its size has changed, which is no matter: it may also be removed
+            assert "contents of train.bin have changed; remove the folder" in poise.prepare(*words).line
+            assert "contents of train.bin have changed" in poise.prepare("out").line
+            assert "contents of train.bin have changed" in poise("export", "out", "--to", "olmo", "--out", "x").line
+        else:
+            assert "dropped/00000.parquet have changed" in poise.prepare(*words).line
+            assert poise("export", "out", "--to", "olmo", "--out", "x").code == 0
+        assert contents(tmp_path / "out") == before
+        shutil.rmtree(tmp_path / "out")
+        assert not poise.prepare(*words).facts["reused"]
+        assert contents(tmp_path / "out") == good
         return
     assert poise("inspect", "out").line
     if what in ("cut", "not JSON", "files"):
         assert not poise.prepare(*words).facts["reused"]
         assert contents(tmp_path / "out") == good
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        "--vocabulary",
+        "--document {}",
+        "--sample 99",
+        "--search the",
+        "--search /the/",
+        "--sort bytes",
+        "--diversity",
+        "--drop document=0 --out less",
+    ],
+)
+def test_an_id_outside_the_vocabulary(
+    poise: Poise, prepared: tuple[Path, list[object]], tmp_path: Path, view: str
+) -> None:
+    shutil.copytree(prepared[0], tmp_path / "out")
+    split = open_tokens("out").split("train")
+    last = len(split.index.lengths) - 1
+    with (tmp_path / "out" / "train.bin").open("r+b") as file:
+        file.seek(int(split.index.pointers[last]))
+        file.write(b"\xff\xff")
+    line = poise("inspect", "out", *view.format(last).split()).line
+    assert "the contents of train.bin have changed" in line if "=" in view else "train.bin has id 65,535, the" in line
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("at", ["lengths", "pointers"])
+def test_an_index_that_does_not_fit(poise: Poise, prepared: tuple[Path, list[object]], tmp_path: Path, at: str) -> None:
+    shutil.copytree(prepared[0], tmp_path / "out")
+    count = len(open_tokens("out").split("train").index.lengths)
+    with (tmp_path / "out" / "train.idx").open("r+b") as file:
+        file.seek(34 + (4 * count if at == "pointers" else 0))
+        file.write(b"\xff\xff\xff\xff")
+    assert "train.idx does not fit train.bin" in poise("inspect", "out", "--document", "0").line

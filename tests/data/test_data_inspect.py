@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from poise.core.errors import UserError
 from poise.data import store
 from poise.data.clean.features import FEATURES
-from poise.data.look import browse, inspect, subset
+from poise.data.look import browse, health, inspect, subset
 from poise.data.tokens.periodic import REPEAT
 from poise.data.tokens.tokenizer import Tokenizer, train
 from poise.data.writer import SplitWriter, content_hash
@@ -344,14 +347,16 @@ def test_what_was_dropped_is_kept_with_its_reason(folder: Path, tmp_path: Path) 
     assert reasons == {d.text: "inspect.cluster_size>3" for d in first} | {d.text: "inspect.source=web" for d in second}
     sizes = [sum(len(d.text.encode()) for d in side) for side in (first, second)]
     assert manifest["dropped"] == {
-        "gopher.words": {"documents": 3, "bytes": 30},
         "inspect.cluster_size>3": {"documents": len(first), "bytes": sizes[0]},
         "inspect.source=web": {"documents": len(second), "bytes": sizes[1]},
     }
     (step,) = manifest["derived"]
+    # The made folder says that a filter took three, and does not have them.
+    assert step["not_kept"] == {"gopher.words": {"documents": 3, "bytes": 30}}
     assert step["fingerprint"] == store.open_tokens(folder).fingerprint and step["rules"][0]["rule"] == "cluster_size>3"
     again = subset.drop(tmp_path / "out", ["compression>3"], tmp_path / "again")
     assert [each["rules"][0]["rule"] for each in again["derived"]] == ["cluster_size>3", "compression>3"]
+    assert all("not_kept" not in each for each in again["derived"][1:])
     assert again["source"]["fingerprint"] not in (manifest["source"]["fingerprint"], "0" * 32)
 
 
@@ -377,3 +382,67 @@ def test_describe_counts_sources_and_what_was_left_out(folder: Path) -> None:
 def test_every_score_is_a_column(folder: Path) -> None:
     names = inspect.column_names(store.open_tokens(folder).split("train"))
     assert {f"scores.{name}" for name in FEATURES} <= set(names)
+
+
+def lies_in(folder: Path) -> dict[str, dict[str, int]]:
+    """Count what was left out, by reason."""
+    found: dict[str, dict[str, int]] = {}
+    for path in sorted((folder / store.DROPPED).iterdir()):
+        for row in pq.read_table(path, columns=["reason", "bytes"]).to_pylist():
+            facts = found.setdefault(row["reason"], {"documents": 0, "bytes": 0})
+            facts["documents"], facts["bytes"] = facts["documents"] + 1, facts["bytes"] + row["bytes"]
+    return found
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_nothing_that_was_dropped_before_is_lost(
+    cleaned: store.Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    first = lies_in(cleaned.dir)
+    assert first == cleaned.manifest["dropped"]
+    # The same rule twice in a row, and one whose documents an earlier one took.
+    once = subset.drop(cleaned.dir, ["document=0", "document=0"], tmp_path / "once")
+    twice = subset.drop(tmp_path / "once", ["document=0", "document=1,val:0"], tmp_path / "twice")
+    assert lies_in(tmp_path / "once") == once["dropped"] and once["dropped"]["inspect.document=0"]["documents"] == 1
+    assert lies_in(tmp_path / "twice") == twice["dropped"] and twice["dropped"]["inspect.document=0"]["documents"] == 2
+    assert {reason: twice["dropped"][reason] for reason in first} == first
+    assert len(list((tmp_path / "twice" / store.DROPPED).iterdir())) == 3
+    store.verify(tmp_path / "twice")
+    store.verify(cleaned.dir)
+
+
+def test_damage_does_not_travel_into_a_derived_folder(cleaned: store.Tokens, tmp_path: Path) -> None:
+    copy = shutil.copytree(cleaned.dir, tmp_path / "copy")
+    for name in ("train.bin", "train.repeats.bin", "dropped/00000.parquet"):
+        good = (copy / name).read_bytes()
+        (copy / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"damaged: the contents of {name} have changed"):
+            subset.drop(copy, ["document=0"], tmp_path / "out")
+        (copy / name).write_bytes(good)
+    shutil.rmtree(copy / store.DROPPED)  # what was dropped may be removed
+    manifest = subset.drop(copy, ["document=0"], tmp_path / "out")
+    assert lies_in(tmp_path / "out") == manifest["dropped"]
+    assert manifest["derived"][0]["not_kept"] == cleaned.manifest["dropped"]
+
+
+def test_ids_counted_when_written_are_not_counted_again(
+    cleaned: store.Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subset.drop(cleaned.dir, ["source=books"], tmp_path / "less")
+    for folder in (cleaned.dir, tmp_path / "less"):
+        known = inspect.describe(folder)
+        seen = health.counts(store.open_tokens(folder))
+        assert known["tokens_counted"] == known["tokens"] == seen.sum()
+        assert known["ids_never_seen"] == (seen == 0).sum() > 0
+        assert known["ids_seen_under_10_times"] == (seen < 10).sum()
+    manifest = json.loads((tmp_path / "less" / store.MANIFEST).read_text())
+    del manifest["vocabulary"]
+    (tmp_path / "less" / store.MANIFEST).write_text(json.dumps(manifest))
+    assert inspect.describe(tmp_path / "less") == known  # an older folder
+    monkeypatch.setattr(health, "counts", lambda *_: pytest.fail("tokens were read"))
+    inspect.describe(cleaned.dir)

@@ -18,7 +18,7 @@ import pytest
 from tests.shell import Poise, contents, end, names, start, write
 
 from poise.data import prepare as preparing
-from poise.data import record, store, work, writer
+from poise.data import record, staging, store, work, writer
 from poise.data.store import verify
 
 
@@ -145,7 +145,7 @@ PLACES = [
     (writer.SplitWriter, "close"),
     (preparing, "write_dropped"),
     (store, "seal"),
-    (store, "publish"),
+    (staging, "publish"),
 ]
 
 

@@ -7,10 +7,12 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,7 +241,7 @@ def test_a_json_list_may_be_cut_anywhere(values: list[object], chunk: int, blank
     raw = (
         blank + "[" + f"{blank},{blank}".join(json.dumps(v, ensure_ascii=False) for v in values) + blank + "]"
     ).encode("utf-8", "surrogatepass")
-    stream = SimpleNamespace(reader=io.BufferedReader(io.BytesIO(raw)))  # type: ignore[arg-type]
+    stream = SimpleNamespace(reader=io.BufferedReader(io.BytesIO(raw)), size=len)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonl, "_CHUNK", chunk)
         found = list(jsonl._objects(stream))  # type: ignore[arg-type]
@@ -371,7 +373,7 @@ def test_what_comes_before_the_damage_is_used_and_strict_stops(tmp_path: Path, n
     documents, tally = read(tmp_path)
     assert documents[-1].text == "read as well"
     assert tally.damaged == [name]
-    assert tally.skipped == {"damaged file": 1}
+    assert tally.skipped == {"damaged file": 1} | ({"damaged member": 1} if name == "a.parquet" else {})
     if not name.startswith("a.txt"):
         assert least <= len(documents) < 4000
         assert all(len(d.text) == 120 for d in documents[:-1])
@@ -641,3 +643,197 @@ def test_the_hub_and_the_help_texts_go_on_too(monkeypatch: pytest.MonkeyPatch) -
         assert list(sources.documents(source, "text", Tally(), start=documents[1].place)) == documents[2:]
     hub = list(sources.documents(sources.resolve("hf:owner/name"), "text", Tally()))
     assert [(d.id, d.url) for d in hub] == [("1", "u"), (None, None), (None, None)]
+
+
+# -- damaged members -------------------------------------------------------------------------------------------
+
+
+def rows_of(count: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [f"{i} " + rng.bytes(60).hex() for i in range(count)]
+
+
+def as_lines(rows: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": row}).encode() + b"\n" for row in rows)
+
+
+def goes_on_from_everywhere(path: Path, every: int = 1) -> tuple[list[Document], Tally]:
+    """Read a file, and again from places in it: the same documents must come, with the same counts."""
+    source, whole, states = sources.resolve(str(path)), Tally(), []
+    documents = []
+    for document in sources.documents(source, "text", whole):
+        documents.append(document)
+        states.append(json.loads(json.dumps(whole.state())))
+    for at in range(0, len(documents), every):
+        tally = Tally.of(states[at])
+        assert list(sources.documents(source, "text", tally, start=documents[at].place)) == documents[at + 1 :]
+        assert tally.state() == whole.state()
+    return documents, whole
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "xz"])
+@pytest.mark.parametrize("how", ["flipped", "shortened", "no end", "no beginning"])
+def test_of_three_members_the_damaged_one_is_left_out(tmp_path: Path, suffix: str, how: str) -> None:
+    pack = {"gz": gzip.compress, "zst": zstd, "bz2": bz2.compress, "xz": lzma.compress}[suffix]
+    rows = rows_of(300)
+    parts = [bytearray(pack(as_lines(rows[i : i + 100]))) for i in (0, 100, 200)]  # type: ignore[operator]
+    if how == "flipped":
+        parts[1][2000:2300] = bytes(300)
+    elif how == "shortened":
+        del parts[1][2000:2300]
+    elif how == "no end":
+        del parts[1][2000:]
+    else:
+        del parts[1][:2]
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(b"".join(parts))
+    documents, tally = goes_on_from_everywhere(path, every=9)
+    assert [d.text for d in documents] == rows[:100] + rows[200:]
+    assert tally.damaged == [path.name]
+    assert tally.skipped == {"damaged file": 1, "damaged member": 1}
+    with pytest.raises(UserError, match="is damaged"):
+        read(path, strict=True)
+
+
+def test_text_members_around_a_damaged_one_are_documents_of_their_own(tmp_path: Path) -> None:
+    parts = [bytearray(gzip.compress(text.encode())) for text in ("the first", "x" * 500 + "y", "the third")]
+    parts[1][-6] ^= 1  # the checksum
+    (tmp_path / "a.txt.gz").write_bytes(b"".join(parts))
+    documents, tally = goes_on_from_everywhere(tmp_path)
+    assert [d.text for d in documents] == ["the first", "the third"]
+    assert tally.skipped["damaged member"] == 1
+
+
+def test_a_line_is_never_put_together_across_damage(tmp_path: Path) -> None:
+    rows = rows_of(16_000)
+    data = as_lines(rows)
+    cut = [0, 500_050, 1_700_050, len(data)]  # inside lines
+    parts = [bytearray(gzip.compress(data[a:b], 1)) for a, b in pairwise(cut)]
+    parts[1][len(parts[1]) * 3 // 4] ^= 64
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(parts))
+    documents, tally = goes_on_from_everywhere(tmp_path, every=9_000)
+    found = [d.text for d in documents]
+    assert set(found) <= set(rows) and len(set(found)) == len(found)
+    last = data[: cut[2]].count(b"\n") + 1
+    assert found[-(16_000 - last) :] == rows[last:]
+    assert found[:3000] == rows[:3000]
+    assert tally.skipped == {"damaged file": 1, "damaged member": 1}
+
+
+def test_a_member_within_a_member_is_not_taken_by_chance(tmp_path: Path) -> None:
+    bad = bytearray(gzip.compress(as_lines(rows_of(100))))
+    bad[700:712] = b"\x1f\x8b\x08\0\0\0\0\0\0\xff\x05\xc0"
+    bad[900:904] = b"\x28\xb5\x2f\xfd"
+    (tmp_path / "a.jsonl.gz").write_bytes(bytes(bad) + gzip.compress(as_lines(["whole"])))
+    documents, tally = read(tmp_path)
+    assert [d.text for d in documents] == ["whole"]
+    assert tally.skipped["damaged member"] == 1
+
+
+def test_zstandard_frames_of_every_layout_are_read(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    data = as_lines(rows_of(1500)) + b" " * 2**18 + b"\n"
+    packed = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # a frame that is to be skipped
+    for options in ({"write_checksum": True}, {"write_content_size": False}, {"level": 19}, {}):
+        packed += zstandard.ZstdCompressor(**options).compress(data)
+    writer = zstandard.ZstdCompressor().compressobj()
+    packed += writer.compress(b'{"text": "last"}') + writer.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    documents, tally = read(tmp_path)
+    assert [d.text for d in documents] == rows_of(1500) * 4 + ["last"]
+    assert not tally.skipped
+
+
+def test_a_damaged_row_group_is_left_out(tmp_path: Path) -> None:
+    rows = rows_of(400)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": rows}), path, row_group_size=100, use_dictionary=False, write_page_checksum=True)
+    raw = bytearray(path.read_bytes())
+    raw[pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset + 900] ^= 8
+    path.write_bytes(raw)
+    documents, tally = goes_on_from_everywhere(path, every=30)
+    assert [d.text for d in documents] == rows[:100] + rows[200:]
+    assert documents[100].origin == "a.parquet:200"
+    assert tally.skipped == {"damaged file": 1, "damaged member": 1}
+    with pytest.raises(UserError, match="is damaged"):
+        read(path, strict=True)
+
+
+def test_a_damaged_batch_of_an_arrow_file_is_left_out(tmp_path: Path) -> None:
+    rows, sink = rows_of(300), io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(sink, pa.schema({"text": pa.string()}), options=options) as writer:
+        for at in (0, 100, 200):
+            writer.write_batch(pa.record_batch({"text": rows[at : at + 100]}))
+    raw = bytearray(sink.getvalue())
+    second = [m.start() for m in re.finditer(rb"\x28\xb5\x2f\xfd", raw)][-3]
+    raw[second : second + 12] = bytes(12)
+    (tmp_path / "a.arrow").write_bytes(raw)
+    documents, tally = goes_on_from_everywhere(tmp_path, every=30)
+    assert [d.text for d in documents] == rows[:100] + rows[200:]
+    assert tally.skipped == {"damaged file": 1, "damaged member": 1}
+
+
+@pytest.mark.parametrize("name", ["a.warc.gz", "a.warc"])
+def test_of_a_warc_only_the_damaged_record_is_lost(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("warcio")
+    rows = rows_of(100)
+    records = [warc_record("conversion", row.encode(), i) for i, row in enumerate(rows)]
+    if name.endswith("gz"):
+        records = list(map(gzip.compress, records))
+        records[60] = records[60][:150] + b"\0" * 40 + records[60][190:]
+    else:
+        records[60] = records[60].replace(b"WARC/1.0", b"WXRC!!!!")
+    (tmp_path / name).write_bytes(b"".join(records))
+    documents, tally = goes_on_from_everywhere(tmp_path, every=7)
+    assert [d.text for d in documents] == rows[:60] + rows[61:]
+    assert tally.skipped == {"damaged file": 1, "damaged member": 1}
+    (tmp_path / name).write_bytes(b"".join(records[:50]) + records[50][:-30])
+    assert [d.text for d in read(tmp_path)[0]] == rows[:50]
+
+
+@pytest.mark.parametrize("name", ["utf-16", "utf-16-be", "utf-32", "cp1252"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_offsets_are_true_bytes_of_the_file(tmp_path: Path, name: str, suffix: str) -> None:
+    many = "\r\n\r\n".join(f"Grüße, naïve {'' if name == 'cp1252' else '日本 😀'} {text}" for text in TEXTS[:200])
+    if suffix == "jsonl":
+        many = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in many.split("\r\n\r\n"))
+    raw = (("\ufeff" if name == "utf-16-be" else "") + many).encode(name)
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(raw)
+    documents, _ = goes_on_from_everywhere(path, every=11)
+    assert len(documents) > 2
+    wide = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(name, name)
+    for document in documents:
+        head = raw[document.offset :].decode(wide).replace("\r\n", "\n")
+        assert head.lstrip("\ufeff").removeprefix('{"text": "').startswith(document.text[:40])
+
+
+def test_a_warc_record_without_a_length_is_damaged(tmp_path: Path) -> None:
+    pytest.importorskip("warcio")
+    records = [warc_record("conversion", text.encode(), i) for i, text in enumerate(TEXTS[:3])]
+    records[1] = records[1].replace(b"Content-Length", b"Content-Lenxxx")
+    (tmp_path / "a.warc").write_bytes(b"".join(records))
+    documents, tally = goes_on_from_everywhere(tmp_path)
+    assert [d.text for d in documents] == [TEXTS[0], TEXTS[2]]
+    assert tally.skipped == {"damaged file": 1, "damaged member": 1}
+
+
+@pytest.mark.parametrize(
+    ("origin", "offset", "said"),
+    [
+        ("a.txt", 4096, ", from byte 4,096 on"),
+        ("b/a.txt.GZ", 5, ", from unpacked byte 5 on"),
+        ("a.jsonl:106", 4096, ", line 106, at byte 4,096"),
+        ("a.jsonl.zst:106", 4096, ", line 106, at unpacked byte 4,096"),
+        ("a.jsonl:106", 0, ", line 106"),
+        ("a.parquet:69", 0, ", row 69"),
+        ("a.warc:3", 99, ", record 3, at byte 99"),
+        ("owner/name/train:5", 0, ""),
+        ("pydoc_data/topics.py:for", 0, ""),
+    ],
+)
+def test_blame_says_no_place_that_is_not_known(origin: str, offset: int, said: str) -> None:
+    from poise.cli.blame import _place
+
+    assert _place(SimpleNamespace(origin=origin, offset=offset)) == said  # type: ignore[arg-type]

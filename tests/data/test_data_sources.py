@@ -128,10 +128,11 @@ def test_a_single_file_becomes_several_documents_that_join_to_it(tmp_path: Path)
 def test_pieces_join_to_the_whole_and_cut_no_character(text: str, limit: int) -> None:
     stream = io.BufferedReader(io.BytesIO(text.encode()))  # type: ignore[arg-type]
     pieces = list(cut_up(stream, limit))
-    assert b"".join(data for _, data in pieces) == text.encode()
-    assert "".join(data.decode() for _, data in pieces) == text
-    assert all(0 < len(data) <= limit for _, data in pieces)
-    assert [at for at, _ in pieces] == [sum(len(d) for _, d in pieces[:i]) for i in range(len(pieces))]
+    assert b"".join(data for _, data, _ in pieces) == text.encode()
+    assert "".join(data.decode() for _, data, _ in pieces) == text
+    assert all(0 < len(data) <= limit for _, data, _ in pieces)
+    assert [at for at, _, _ in pieces] == [sum(len(d) for _, d, _ in pieces[:i]) for i in range(len(pieces))]
+    assert [last for _, _, last in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson"])

@@ -19,7 +19,8 @@ from poise.data.look.inspect import describe
 from poise.data.megatron_index import open_index, write_index
 from poise.data.prepare import prepare
 from poise.data.settings import Settings
-from poise.data.store import FILES, Tokens, open_tokens, staged, token_dtype, verify
+from poise.data.staging import staged
+from poise.data.store import FILES, Tokens, check, open_tokens, token_dtype, verify
 
 
 @pytest.fixture
@@ -212,3 +213,25 @@ def test_begins_are_the_pointers(cleaned: Tokens) -> None:
     starts = split.table["token_start"].to_numpy()
     assert np.array_equal(split.begins, starts)
     assert split.document_tokens(5).tolist() == split.tokens[starts[5] : starts[6]].tolist()
+
+
+def test_check_looks_at_what_is_small_enough(copy: Path) -> None:
+    tokens = open_tokens(copy)
+    size = sum(tokens.manifest["files"][name]["bytes"] for name in FILES)
+    dropped = copy / "dropped" / "00000.parquet"
+    raw = dropped.read_bytes()
+    dropped.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+    assert check(tokens) and check(tokens, size) and not check(tokens, size - 1)  # training does not read it
+    assert not check(tokens, size, dropped=True)
+    with pytest.raises(UserError, match=r"contents of dropped/00000.parquet have changed; remove the folder"):
+        check(tokens, dropped=True)
+    dropped.unlink()
+    assert check(tokens, dropped=True)
+    raw = (copy / "val.bin").read_bytes()
+    (copy / "val.bin").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert not check(tokens, size - 1)
+    with pytest.raises(UserError, match=r"contents of val.bin have changed"):
+        check(tokens)
+    (copy / "val.bin").unlink()
+    with pytest.raises(UserError, match=r"val.bin': No such file"):
+        check(tokens)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.core.errors import UserError
-from poise.data import store, work
+from poise.data import staging, work
 from poise.data.work import UnfinishedError, clear, commit, committed, folder_of, opened, spread
 
 
@@ -158,7 +158,7 @@ def test_several_processes_keep_the_order_and_a_dead_one_is_an_error() -> None:
         assert len(read) <= number + 1 + 2 * 2 + 1  # two for each process beyond those that are waited for
     with pytest.raises(OSError, match="a worker process died") as error:
         list(results)
-    message = str(store.cannot_write(Path("/x/out"), error.value))
+    message = str(staging.cannot_write(Path("/x/out"), error.value))
     assert message.startswith("out of memory while preparing '/x/out'") and "fewer --processes" in message
 
 

@@ -7,7 +7,9 @@ import inspect
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,8 @@ def decide_by(run: Run, decide: Callable[[Run, Signals], Decision | None]) -> No
     run.guard.decide = lambda *args, **named: decide(run, args[0]) or real(*args, **named)  # type: ignore[method-assign]
 
 
-@pytest.fixture(scope="session")
-def no_pages() -> Iterator[None]:
+@contextmanager
+def without_pages() -> Iterator[None]:
     """Nobody reads the pages of these runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("poise.train.run.write_report", lambda folder: None)
@@ -132,20 +134,22 @@ def odd_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare([f"{name}={root / name}" for name in ("web", "books")], root / "tokens", settings).dir
 
 
-@pytest.fixture(scope="session")
-def small(odd_tokens: Path, no_pages: None) -> Callable[..., dict[str, Any]]:
-    """Overrides that turn the nano recipe into a run of a tiny model on this data, and any others on top."""
+def small_on(tokens: Path, **over: Any) -> dict[str, Any]:
+    """Overrides that turn the nano recipe into a run of a tiny model on some data, and any others on top."""
+    data = {"source": str(tokens), "vocab_size": 400, "val_fraction": 0.1}
+    return {
+        **SMALL,
+        "guard": over.get("guard", {}),
+        "data": data | over.get("data", {}),
+        "train": {**SMALL["train"], **over.get("train", {})},
+    }
 
-    def values(**over: Any) -> dict[str, Any]:
-        data = {"source": str(odd_tokens), "vocab_size": 400, "val_fraction": 0.1}
-        return {
-            **SMALL,
-            "guard": over.get("guard", {}),
-            "data": data | over.get("data", {}),
-            "train": {**SMALL["train"], **over.get("train", {})},
-        }
 
-    return values
+@pytest.fixture
+def small(odd_tokens: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """``small_on`` the odd data; the runs of the test write no pages."""
+    with without_pages():
+        yield partial(small_on, odd_tokens)
 
 
 def storm(run: Run, signals: Signals) -> Decision | None:
@@ -161,7 +165,7 @@ def storm(run: Run, signals: Signals) -> Decision | None:
 
 
 @pytest.fixture(scope="session")
-def stormy(small: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def stormy(odd_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """40 steps with all at once: ramps, mixture, packing, masks, a batch taken again, drops, a rollback. Read only."""
     found: list[Seen] = []
 
@@ -176,7 +180,8 @@ def stormy(small: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPa
             run.host.rollback(20, True)
 
     folder = tmp_path_factory.mktemp("stormy") / "run"
-    values = small(**ALL_AT_ONCE, guard={"enabled": True})
-    assert train(load("nano", values), folder, observers=[Hooked(go_back)], before=before).reason == "finished"
+    values = small_on(odd_tokens, **ALL_AT_ONCE, guard={"enabled": True})
+    with without_pages():
+        assert train(load("nano", values), folder, observers=[Hooked(go_back)], before=before).reason == "finished"
     del found[0].run.backward  # replays are not among its tries
     return found[0]

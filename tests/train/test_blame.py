@@ -48,7 +48,9 @@ def test_a_window_adds_up(straight: Path) -> None:
     tracer = Tracer(straight)
     whole = sum(seen.tokens for seen in tracer.around(10, 5))
     rows = [row for step in range(6, 11) for row in tracer.blame(step).rows]
-    assert whole == sum(one.span[1] - one.span[0] for row in rows for one in row.documents)
+    assert whole == 32 * len(rows) == 32 * 4 * 5, "the inputs"
+    last = [one for row in rows for one in row.documents if one.span[1] == 33]
+    assert len(last) == len(rows), "rows have one token more, which is only a target"
 
 
 def test_the_command(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,6 +80,28 @@ def test_mistakes_are_one_line(straight: Path, words: list[str], said: str, caps
     assert error.startswith("poise blame: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_data_that_has_been_moved_is_given(
+    straight: Path, odd_tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, gone = tmp_path / "run", tmp_path / "gone"
+    shutil.copytree(straight, run, ignore=shutil.ignore_patterns("checkpoints"))
+    recipe = (run / "recipe.toml").read_text()
+    kept = Path(next(line for line in recipe.splitlines() if line.startswith("dir =")).partition('"')[2].strip('"'))
+    (run / "recipe.toml").write_text(recipe.replace(f'"{kept}"', f'"{gone}"'))
+    words = ["blame", str(run), "--step", "7"]
+    for given, said in (
+        ([], "give --data DIR if it has been moved"),
+        (["--data", str(gone)], "holds no prepared data"),
+        (["--data", str(odd_tokens)], "its documents are others"),
+    ):
+        assert main([*words, *given]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert main([*words, "--data", str(kept)]) == 0
+    capsys.readouterr()
+    assert Tracer(run, kept).blame(7) == Tracer(straight).blame(7)
 
 
 def test_data_that_has_gone_or_changed_is_refused(straight: Path, tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_a_window_has_the_steps_that_led_to_the_try(stormy: Seen, tracer: Tracer
         for step in range(22, 26):
             for sample in samples_of(latest[step], 4):
                 for one in loader.documents(sample):
-                    expected[one["document"]] = expected.get(one["document"], 0) + one["span"][1] - one["span"][0]
+                    inputs = min(one["span"][1], 32) - one["span"][0]
+                    expected[one["document"]] = expected.get(one["document"], 0) + inputs
         found = {one.document: one.tokens for one in tracer.around(25, 4, attempt)}
         assert found == expected, attempt
 
@@ -141,6 +142,25 @@ def test_what_is_odd_is_said(tracer: Tracer, stormy: Seen, capsys: pytest.Captur
     if copied:  # it may be held out
         (clone,) = [one for one in found[copied[0]][1].documents if one.origin == copied[0]]
         assert clone.facts["cluster_size"] == 3 and any("2 near or equal copies" in line for line in clone.odd)
+
+
+def test_what_is_masked_at_a_short_length_is_odd(tracer: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threshold is that of the step's length, not that of the full one."""
+    monkeypatch.setattr("poise.train.blame.periodic.threshold", lambda length: 40 * length // 8)
+    noise = next(
+        (step, row.sample)
+        for step in tracer.steps
+        for row in tracer.blame(step).rows
+        if any("noise" in one.origin for one in row.documents) and row.repeats
+    )
+    for length, odd in ((8, True), (32, False)):
+        monkeypatch.setattr(Tracer, "_length", lambda self, record, samples, length=length: length)
+        (row,) = [one for one in tracer.blame(noise[0]).rows if one.sample == noise[1]]
+        seen = [one for one in tracer.around(noise[0], 1) if "noise" in one.origin]
+        said = [one.odd for one in row.documents if "noise" in one.origin] + [one.odd for one in seen]
+        assert len(said) > 1
+        assert all(any("repeats itself" in line for line in lines) == odd for lines in said), length
+        assert any(repeat.masked for repeat in row.repeats) == odd
 
 
 def test_the_command_shows_tries_lengths_and_losses(

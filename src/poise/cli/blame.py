@@ -24,6 +24,8 @@ MOST_ODD: Final = 5
 MOST_REPEATED: Final = 200
 """Characters shown of a stretch that repeats itself."""
 
+_RECORDS: Final = (((".jsonl", ".ndjson"), "line"), ((".json", ".warc", ".wet"), "record"))
+
 
 def main(words: Sequence[str]) -> int:
     """Show a step's rows, one row's text, or what the steps before it had in common."""
@@ -40,6 +42,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--try", dest="attempt", type=int, metavar="N", help="which try of the step, from 1 (the last)")
     parser.add_argument("--row", type=int, metavar="R", help="one row of it, from 0, with its whole text")
     parser.add_argument("--window", type=int, metavar="W", help="the files that the last W steps up to it showed")
+    parser.add_argument("--data", metavar="DIR", help="where the run's prepared data is now, if it has been moved")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     arguments = parser.parse_args(list(words))
     if arguments.window is not None and arguments.window < 1:
@@ -50,7 +53,7 @@ def main(words: Sequence[str]) -> int:
 
     from poise.train.blame import Tracer
 
-    tracer = Tracer(folder)
+    tracer = Tracer(folder, arguments.data)
     blame = tracer.blame(arguments.step, arguments.attempt)
     rows = _chosen(blame, arguments.row)
     if arguments.json:
@@ -124,7 +127,7 @@ def _of_row(tracer: Tracer, row: Row, *, whole: bool) -> Iterator[str]:
         begins = "" if one.document_start == 0 else f", from its token {one.document_start} on"
         yield (
             f"  tokens {one.span[0]} to {one.span[1] - 1}: {one.origin} "
-            f"(document {one.document}, which is bytes {one.offset} to {one.offset + one.bytes - 1}{begins})"
+            f"(document {one.document}{_place(one)}, {one.bytes:,} bytes of text{begins})"
         )
         if whole:
             yield from _facts(one)
@@ -138,6 +141,28 @@ def _of_row(tracer: Tracer, row: Row, *, whole: bool) -> Iterator[str]:
         yield "".join(_mark(text, repeat) for text, repeat in tracer.marked(row))
     else:
         yield "  " + _excerpt(tracer.text(row.sample))
+
+
+def _place(one: Document) -> str:
+    """Where it begins in its file, as far as that is known; its end is not, because text is cleaned when it is read.
+
+    An origin does not say its kind, so this goes by its form: a file, or ``file:number`` for records.
+    """
+    name, _, number = one.origin.rpartition(":")
+    file = name if name and number.isdecimal() else one.origin
+    bare = file.lower()
+    for ending in (".gz", ".zst", ".bz2", ".xz"):
+        bare = bare.removesuffix(ending)
+    at = f"{'byte' if bare == file.lower() else 'unpacked byte'} {one.offset:,}"
+    if file == one.origin:
+        return "" if ":" in file else f", from {at} on"  # what is a part of something else, by name, has no byte
+    if bare.endswith((".parquet", ".arrow", ".arrows", ".feather", ".ipc")):
+        return f", row {number}"
+    for endings, word in _RECORDS:
+        if bare.endswith(endings):
+            # Only the first can begin at byte 0; else the byte is not known.
+            return f", {word} {number}" + (f", at {at}" if one.offset or int(number) < 2 else "")
+    return ""
 
 
 def _facts(one: Document) -> Iterator[str]:

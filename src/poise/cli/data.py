@@ -8,7 +8,7 @@ import io
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from poise.cli.args import Parser
@@ -22,6 +22,9 @@ ACTIONS = {
     "verify": ("poise.cli.data_inspect", "DIR", "check the hash of every file"),
 }
 """Action -> (module with a function of its name, its arguments, what it does)."""
+
+WIDEST = 48
+"""Characters of a cell in a table of records."""
 
 _OPTIONS = (
     ("--data.dir PATH or set POISE_CACHE", "--out DIR"),
@@ -108,14 +111,18 @@ def plain(text: str) -> str:
 
 
 def show(figures: dict[str, object], *, as_json: bool) -> None:
-    """Print figures: as JSON, or one a line."""
+    """Print figures: as JSON, or one a line, and lists of records as tables below."""
     if as_json:
         print(json.dumps(figures, indent=2, default=str))
         return
-    flat = {plain(name): value for name, value in _flat(figures).items()}
-    width = max(map(len, flat))
+    whole = _flat(figures)
+    records: dict[str, Any] = {name: value for name, value in whole.items() if _is_records(value)}
+    flat = {plain(name): value for name, value in whole.items() if name not in records}
+    width = max(map(len, flat), default=0)
     for name, value in flat.items():
         print(f"{name.replace('_', ' '):<{width}}  {_shown(value, width + 2)}".rstrip())
+    for name, rows in records.items():
+        print("\n".join(["", plain(name.replace("_", " ")), *(f"  {line}" for line in _of_records(rows))]))
 
 
 def table(rows: Sequence[Sequence[object]]) -> Iterable[str]:
@@ -128,6 +135,38 @@ def table(rows: Sequence[Sequence[object]]) -> Iterable[str]:
             for cell, width, value in zip(row, widths, raw, strict=True)
         ]
         yield "  ".join(parts).rstrip()
+
+
+def _is_records(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and each for each in value)
+
+
+def _of_records(records: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    """Yield records as an aligned table under the names of their fields; numbers to the right."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    columns = []
+    for name in names:
+        values = [record.get(name) for record in records]
+        right = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        # Blanks at the ends of a text, and marks that would end the line, are seen only within quotes.
+        quoted = any(isinstance(value, str) and (value != value.strip() or value != plain(value)) for value in values)
+        cells = [plain(name.replace("_", " ")), *(_cell(value, quoted) for value in values)]
+        width = max(map(len, cells))
+        columns.append([f"{cell:>{width}}" if right else f"{cell:<{width}}" for cell in cells])
+    for row in zip(*columns, strict=True):
+        yield "  ".join(row).rstrip()
+
+
+def _cell(value: object, quoted: bool) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        text = " ".join(map(str, value))
+    else:
+        text = f"{value:,}" if isinstance(value, int) else repr(value) if quoted else plain(str(value))
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def _shown(value: object, indent: int) -> str:

@@ -174,7 +174,7 @@ def _show_result(done: Prepared, as_json: bool) -> None:
     if damaged := done.manifest.get("damaged"):
         more = f" and {len(damaged) - SHOWN} others" if len(damaged) > SHOWN else ""
         named = ", ".join(map(plain, damaged[:SHOWN]))
-        warned = [f"damaged, used up to the damage: {named}{more}; fetch again, or --strict stops at them", *warned]
+        warned = [f"damaged, the rest of them is used: {named}{more}; fetch again, or --strict stops at them", *warned]
     for line in warned:
         print(f"note: {line}", file=sys.stderr)
 

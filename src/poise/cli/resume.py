@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 from collections.abc import Sequence
@@ -45,15 +46,25 @@ def main(words: Sequence[str]) -> int:
     )
     if outcome is None:
         steps = read_recipe(folder, over).train.steps
+        dropping = _drop_words(arguments)
         if arguments.json:
-            print(json.dumps({"run": str(folder), "outcome": "finished", "already": True}))
+            facts = {"run": str(folder), "outcome": "finished", "already": True}
+            print(json.dumps(facts | ({"drop_recorded": False} if dropping else {})))
         else:
-            print(
-                f"{folder} has finished its {steps} steps; nothing to resume. "
-                f"To train on: poise resume {folder} --train.steps {2 * steps}"
-            )
+            said = "What to drop was not recorded. " if dropping else ""
+            again = shlex.join(["poise", "resume", str(folder), *dropping, "--train.steps", str(2 * steps)])
+            print(f"{folder} has finished its {steps} steps; nothing to resume. {said}To train on: {again}")
         return 0
     return finish(outcome, folder, as_json=arguments.json)
+
+
+def _drop_words(arguments: argparse.Namespace) -> list[str]:
+    """Return the options that say what to drop, as they were given."""
+    words = []
+    for name in ("drop_samples", "drop_documents"):
+        if given := getattr(arguments, name):
+            words += [f"--{name.replace('_', '-')}", *map(str, given)]
+    return words
 
 
 def _range(text: str) -> tuple[int, int]:

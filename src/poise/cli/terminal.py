@@ -24,6 +24,7 @@ class Terminal(Observer):
         self.progress = progress or PrepareProgress()
         self._display: Display | None = None
         self._meter: Meter | None = None
+        self._total: int | None = None
 
     def on_start(self, run_record: Mapping[str, Any]) -> None:
         self.progress.close()
@@ -31,9 +32,10 @@ class Terminal(Observer):
         recipe = run_record["recipe"]
         about = (
             f"{self._title or recipe['name']}: {parameters:.1f}M parameters, "
-            f"{run_record['total_steps']} steps of {run_record['tokens_per_step']} tokens, "
+            f"{run_record['total_steps']} steps of {_size(run_record)} tokens, "
             f"{recipe['train']['dtype']}, compile {recipe['train']['compile']}"
         )
+        self._total = run_record.get("total_tokens")
         notes = [about, *_about_text(run_record.get("data", {}))]
         if recipe["train"]["compile"] == "on":
             notes.append("compiling: the first step and the first evaluation take about half a minute")
@@ -44,7 +46,8 @@ class Terminal(Observer):
         tokens = round(report.tokens_per_s * report.seconds)
         if self._display is None or self._meter is None:
             self._display = Display(report.total_steps, sys.stderr)
-            self._meter = Meter(total_tokens=tokens * report.total_steps, done_tokens=signals.tokens - tokens)
+            total = self._total or tokens * report.total_steps
+            self._meter = Meter(total_tokens=total, done_tokens=signals.tokens - tokens)
         self._meter.update(tokens)
         eta = self._meter.eta_seconds
         self._display.update(
@@ -67,6 +70,13 @@ class Terminal(Observer):
     def on_end(self, record: Mapping[str, Any]) -> None:
         if self._display is not None:
             self._display.close()
+
+
+def _size(run_record: Mapping[str, Any]) -> str:
+    """Return the tokens of a step, from the first to the full batch where it grows."""
+    config, full = run_record["recipe"]["train"], run_record["tokens_per_step"]
+    first = config.get("batch_start", 0) * config["seq_len"]
+    return f"{first} to {full}" if 0 < first < full else str(full)
 
 
 def _about_text(data: Mapping[str, Any]) -> list[str]:

@@ -84,10 +84,26 @@ def next_commands(outcome: Outcome, out: Path) -> list[str]:
         ]
     if outcome.reason == "stopped":
         return [f"poise resume {out}", "poise train --data YOUR_TEXT_FOLDER", "poise demo"]
+    if outcome.used_up:
+        return [
+            f"poise resume {out} --train.steps {outcome.step}  # call it finished here",
+            f"poise train {out / 'recipe.toml'} --data.mix {_wider(out)}  # start anew, with more epochs",
+            f"poise blame {out} --step {outcome.step}",
+        ]
     from poise.train.run import read_recipe
 
     lower = read_recipe(out).optim.lr / 2
     return [f"poise resume {out} --optim.lr {lower:g}", f"poise resume {out}", "poise demo"]
+
+
+def _wider(out: Path) -> str:
+    """Return the mixture of a run with twice its limits of epochs, as a word of the command line."""
+    from poise.data.feed.mix import parse as parts_of
+    from poise.train.run import read_recipe
+
+    weights, epochs = parts_of(read_recipe(out).data.mix)
+    limits = {name: f"@{2 * epochs[name]}" if name in epochs else "" for name in weights}
+    return shlex.quote(json.dumps([f"{name}={weight}{limits[name]}" for name, weight in weights.items()]))
 
 
 def next_free(folder: Path) -> Path:

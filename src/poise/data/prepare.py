@@ -23,12 +23,13 @@ import pyarrow as pa
 import tokenizers
 
 from poise.core.errors import UserError
-from poise.data import record, sources, store, work
+from poise.data import record, sources, staging, store, work
 from poise.data.assemble import assemble, write_dropped
 from poise.data.dedup import exact, minhash
 from poise.data.dedup.ids import Ids
 from poise.data.gather import codes, mapped_signatures, sample
 from poise.data.judge import KEPT, Judgement, judge
+from poise.data.look.health import coverage
 from poise.data.look.odd import quantiles
 from poise.data.naming import fingerprint, place_for
 from poise.data.pipeline import SIGNATURE, Block, Clean, Encode, clean_path, read_batch, stages_of
@@ -103,21 +104,21 @@ def prepare(
 
     Raises:
         UserError: no such source, no text in it, nothing left of it, too little text for the vocabulary, a bad
-            tokenizer, a damaged file where ``strict``, another process at work there, or a place that cannot be written
-            to or is full.
+            tokenizer, a damaged file where ``strict``, another process at work there, what is there already has
+            changed since it was written, or a place that cannot be written to or is full.
     """
     given_sources = [source] if isinstance(source, str) else list(source)
     settings = settings or Settings()
     if (opened := _already_prepared(given_sources)) is not None:
-        return opened
+        return _checked(opened)
     found = sources.resolve_all(given_sources)
     given = load(settings.tokenizer) if settings.tokenizer is not None else None
     key = fingerprint(found, settings, given)
     out = place_for(found, key) if out is None else Path(os.path.realpath(Path(out).expanduser()))
     if (present := _reusable(out, key)) is not None and not dry_run:
         work.clear(out, key)
-        return present
-    store.refuse_foreign(out)
+        return _checked(present)
+    staging.refuse_foreign(out)
     if not processes:
         size = sum(one.size or 0 for one in found)
         processes = (os.cpu_count() or 1) if size >= _WORTH_PROCESSES else 1
@@ -130,7 +131,7 @@ def prepare(
         if dry_run:
             return Prepared(out, {}, False)
         manifest = preparation.written(folder, judgement, given, key)
-        store.publish(folder / "final", out)
+        staging.publish(folder / "final", out)
     return Prepared(out, manifest, False)
 
 
@@ -181,7 +182,7 @@ class _Preparation:
                     self._took(meta)
             except UserError as error:
                 if self._metas:
-                    raise work.UnfinishedError(f"{error}{store.goes_on(folder)}") from None
+                    raise work.UnfinishedError(f"{error}{staging.goes_on(folder)}") from None
                 raise
             facts = {"blocks": len(self._metas), "tally": self._tally.state()}
             work.commit(done, facts, lambda path: path.write_text("all blocks are there", encoding="utf-8"))
@@ -297,7 +298,9 @@ class _Preparation:
         }
         counts["quantiles"] = quantiles(store.documents_table(final, "train"))
         self._progress("sealing", 0, 1)
-        manifest = store.seal(final, self._manifest(tokenizer, given, key) | counts)
+        manifest = self._manifest(tokenizer, given, key) | counts
+        manifest["vocabulary"] = coverage(store.Tokens(final, manifest))
+        manifest = store.seal(final, manifest)
         self._progress("sealing", 1, 1)
         return manifest
 
@@ -410,3 +413,9 @@ def _reusable(out: Path, fingerprint: str) -> Prepared | None:
         return None
     same = opened.manifest["source"]["fingerprint"] == fingerprint
     return Prepared(opened.dir, opened.manifest, True) if same else None
+
+
+def _checked(present: Prepared) -> Prepared:
+    """Return what is there already if it is as it was written; to replace changed data is for the user to say."""
+    store.check(store.Tokens(present.dir, present.manifest), dropped=True)
+    return present

@@ -205,35 +205,34 @@ def _all_documents(
     for index, file in enumerate(source.files):
         if index >= start.file:
             done = start[1:] if index == start.file else (0, 0)
-            job = Job(file, index, source.name, text_field, piece, tally, base, *done)
+            job = Job(file, index, source.name, text_field, piece, tally, base, *done, strict)
             if file.size == 0:
                 tally.skip("empty file")
             else:
-                yield from _read(job, strict, alone=len(source.files) == 1)
+                yield from _read(job, alone=len(source.files) == 1)
         base += max(0, file.size)
         tally.reached(base)
 
 
-def _read(job: Job, strict: bool, alone: bool) -> Iterator[Document]:
+def _read(job: Job, alone: bool) -> Iterator[Document]:
     """Yield the documents of a file, and deal with whatever is wrong with it."""
     path, tally = job.file.path, job.tally
     try:
         yield from _READERS[job.file.kind](job)
     except FileNotFoundError:
-        if strict or alone:
+        if job.strict or alone:
             raise UserError(f"'{path}' has gone since the source was listed; put it back or start again") from None
         tally.skip("vanished file")
     except PermissionError as error:
-        if strict or alone:
+        if job.strict or alone:
             raise UserError(f"cannot read '{path}': {error.strerror}; check its permissions") from None
         tally.skip("unreadable file")
     except (Damaged, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's; Arrow's own have no number
             raise UserError(f"cannot read '{path}': {error.strerror}; check the disk") from None
-        if strict:
+        if job.strict:
             raise UserError(f"'{path}' is damaged: {first_line(error)}; fetch it again or remove it") from None
-        tally.skip("damaged file")
-        tally.damaged.append(job.file.origin)
+        job.damaged(first_line(error), member=False)
 
 
 def _topics(job: Job) -> Iterator[Document]:

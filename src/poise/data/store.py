@@ -10,19 +10,14 @@ into place: a folder with a manifest is whole.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-import socket
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -62,12 +57,15 @@ DOCUMENT_SCHEMA: Final = pa.schema(
         pa.field("scores", pa.struct([pa.field(name, pa.float32()) for name in FEATURES])),
     ]
 )
-"""Columns of ``docs.arrow``. Tokens include the end of text; the hash is blake2b-128 of the UTF-8 text; ``cluster`` is
-the hash of the text that was kept of its duplicates (null if it has none), ``cluster_size`` how many there were, itself
-included; ``repeat_count`` is the largest number of repeats of an n-gram that is not blank, ``repeat_tokens`` the tokens
-in such repeats."""
+"""Columns of ``docs.arrow``. Tokens include the end of text; the hash is blake2b-128 of the UTF-8 text; ``offset`` is
+the byte of the (uncompressed) file at which the document, or its line or record, begins (0 in tables), ``bytes`` the
+length of its cleaned text in UTF-8, so their sum is not where it ends there; ``cluster`` is the hash of the text that
+was kept of its duplicates (null if it has none), ``cluster_size`` how many there were, itself included;
+``repeat_count`` is the largest number of repeats of an n-gram that is not blank, ``repeat_tokens`` the tokens in such
+repeats."""
 
-_ABANDONED_AFTER: Final = 24 * 3600.0  # seconds after which another machine's unfinished folder is removed
+MOST_CHECKED: Final = 4 * 2**30
+"""Bytes of files whose hashes are checked unasked."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -118,7 +116,7 @@ class Split:
         except (OSError, pa.ArrowException) as error:
             raise _unreadable(self.folder, self.name, error) from None
         if table.num_rows != len(self.index.lengths):
-            raise _damaged(self.folder, f"the files of the {self.name} split disagree about its size")
+            raise damaged(self.folder, f"the files of the {self.name} split disagree about its size")
         return table
 
     @cached_property
@@ -184,7 +182,7 @@ class Tokens:
         except OSError as error:
             raise _unreadable(self.dir, name, error) from None
         if (len(tokens), len(index.lengths)) != (facts["tokens"], facts["documents"]):
-            raise _damaged(self.dir, f"the files of the {name} split disagree about its size")
+            raise damaged(self.dir, f"the files of the {name} split disagree about its size")
         return Split(name, tokens, index, self.dir, repeats, self._spans(name))
 
     def _spans(self, name: str) -> tuple[Span, ...]:
@@ -200,7 +198,7 @@ class Tokens:
 def _unreadable(folder: Path, split: str, error: BaseException) -> UserError:
     if isinstance(error, PermissionError):
         return UserError(f"cannot read the {split} split of '{folder}': {error.strerror}; check its permissions")
-    return _damaged(folder, f"{split} split: {_first_line(error)}")
+    return damaged(folder, f"{split} split: {first_line(error)}")
 
 
 def documents_table(folder: Path, split: str) -> Any:
@@ -237,21 +235,21 @@ def open_tokens(folder: str | Path) -> Tokens:
     except OSError as error:
         raise UserError(f"cannot read prepared data '{folder}': {error.strerror}") from None
     except ValueError:
-        raise _damaged(path, f"{MANIFEST} is not JSON") from None
+        raise damaged(path, f"{MANIFEST} is not JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"'{folder}' holds a {MANIFEST} of another program; give a folder of prepared data")
     if manifest.get("version") != VERSION:
         theirs = manifest.get("version")
         raise UserError(f"'{folder}' has data format {theirs}, this poise reads {VERSION}; prepare it again")
     if not _is_complete(manifest):
-        raise _damaged(path, f"{MANIFEST} does not say what it should")
+        raise damaged(path, f"{MANIFEST} does not say what it should")
     for name in FILES:
         size = manifest["files"].get(name, {}).get("bytes")
         file = path / name
         if size is None or not file.is_file():
-            raise _damaged(path, f"{name} is missing")
+            raise damaged(path, f"{name} is missing")
         if file.stat().st_size != size:
-            raise _damaged(path, f"{name} has {file.stat().st_size:,} bytes instead of {size:,}")
+            raise damaged(path, f"{name} has {file.stat().st_size:,} bytes instead of {size:,}")
     return Tokens(path, manifest)
 
 
@@ -263,6 +261,9 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
             whole += [one["splits"][split][what] for split in SPLITS for what in ("documents", "tokens", "bytes")]
         names = [one["name"] for one in manifest["sources"]]
         hashes = [facts["blake2b"] for facts in manifest["files"].values()]
+        whole += [facts["bytes"] for facts in manifest["files"].values()]
+        if "vocabulary" in manifest:  # older folders have none
+            whole += [manifest["vocabulary"][what] for what in ("tokens_counted", "never", "under_10")]
     except (KeyError, TypeError, AttributeError):
         return False
     return all(isinstance(n, int) for n in whole) and all(isinstance(text, str) for text in (*names, *hashes))
@@ -275,12 +276,50 @@ def verify(folder: str | Path) -> Tokens:
         UserError: as ``open_tokens``, or the contents of a file have changed.
     """
     tokens = open_tokens(folder)
-    for name, facts in tokens.manifest["files"].items():
+    _check_hashes(tokens, tokens.manifest["files"])
+    return tokens
+
+
+def check(tokens: Tokens, most_bytes: int = MOST_CHECKED, *, dropped: bool = False) -> bool:
+    """Check the hash of every file where together they are small; about a second a GiB.
+
+    Args:
+        tokens: opened prepared data; their sizes have been checked.
+        most_bytes: with more than this nothing is checked, as it would take too long to be done unasked.
+        dropped: whether what was left out counts too; training does not read it.
+
+    Returns:
+        Whether it was checked.
+
+    Raises:
+        UserError: the contents of a file have changed.
+    """
+    files = tokens.manifest["files"]
+    names = [name for name in files if dropped or name in FILES]
+    if sum(files[name]["bytes"] for name in names) > most_bytes:
+        return False
+    _check_hashes(tokens, names)
+    return True
+
+
+def _check_hashes(tokens: Tokens, names: Iterable[str]) -> None:
+    for name in names:
         if name not in FILES and not (tokens.dir / name).exists():
             continue  # what was dropped may be removed
-        if file_hash(tokens.dir / name) != facts["blake2b"]:
-            raise _damaged(tokens.dir, f"the contents of {name} have changed")
-    return tokens
+        try:
+            changed = file_hash(tokens.dir / name) != tokens.manifest["files"][name]["blake2b"]
+        except OSError as error:
+            raise UserError(
+                f"cannot read '{tokens.dir / name}': {error.strerror}; check disk and permissions"
+            ) from None
+        if changed:
+            raise damaged(tokens.dir, f"the contents of {name} have changed")
+
+
+def check_ids(tokens: Tokens, split: str, ids: NDArray[np.unsignedinteger]) -> None:
+    """Raise a ``UserError`` where tokens of a split are outside the vocabulary: their file has changed."""
+    if len(ids) and (largest := int(ids.max())) >= tokens.vocab_size:
+        raise damaged(tokens.dir, f"{split}.bin has id {largest:,}, the vocabulary {tokens.vocab_size:,} ids")
 
 
 def file_hash(path: Path) -> str:
@@ -307,109 +346,10 @@ def seal(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return on_disk
 
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``out`` that takes its place when the block ends without an error.
-
-    On any error, and on Ctrl-C, nothing is left behind and what was at ``out`` stays. What a killed process
-    left is removed by the next call for the same ``out``.
-
-    Raises:
-        UserError: the place cannot be written to, or the disk is full.
-    """
-    aside = beside(out, "partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        clear_abandoned(out)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        yield aside
-        publish(aside, out)
-    except OSError as error:
-        raise cannot_write(out, error) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def refuse_foreign(out: Path) -> None:
-    """Raise a ``UserError`` if ``out`` is something that preparing data must not replace."""
-    try:
-        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        foreign = os.path.lexists(out) and not out.is_dir()
-    except OSError as error:
-        raise cannot_write(out, error) from None
-    if foreign or not names <= {*FILES, MANIFEST, DROPPED}:
-        what = "holds other files" if not foreign else "leads nowhere" if out.is_symlink() else "is a file"
-        raise UserError(f"'{out}' {what}; prepared data needs a folder of its own, give --data.dir PATH")
-
-
-def publish(aside: Path, out: Path) -> None:
-    """Rename the folder ``aside`` to ``out``, replacing older prepared data there."""
-    old = beside(out, "old")
-    if out.exists():
-        out.rename(old)
-    aside.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-    if os.name == "posix":  # the renaming itself must survive a power cut
-        handle = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def beside(out: Path, kind: Literal["partial", "old"]) -> Path:
-    """Return this process' own place beside ``out``, which ``clear_abandoned`` knows."""
-    return out.parent / f".{out.name}.{kind}-{socket.gethostname()}-{os.getpid()}"
-
-
-def clear_abandoned(out: Path) -> None:
-    """Remove what killed processes left beside ``out``; one killed between two renames has its old data put back."""
-    for kind in ("partial", "old"):
-        for path in out.parent.glob(f".{_escaped(out.name)}.{kind}-*-*"):
-            host, _, pid = path.name.split(f".{kind}-", 1)[1].rpartition("-")
-            here = host == socket.gethostname() and pid.isdigit() and os.name == "posix"
-            old = time.time() - path.stat().st_mtime > _ABANDONED_AFTER
-            if (not _alive(int(pid))) if here else old:
-                if kind == "old" and not out.exists():
-                    path.rename(out)
-                    continue
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def cannot_write(out: Path, error: OSError, kept: Path | None = None) -> UserError:
-    """Return what to tell about an error of writing; ``kept`` is a work folder from which a new call goes on."""
-    again = goes_on(kept) if kept else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(f"the disk is full at '{out.parent}'; free some space or give --data.dir PATH{again}")
-    if error.errno == errno.ENOMEM:
-        return UserError(f"out of memory while preparing '{out}' ({error.strerror}); use fewer --processes{again}")
-    reason = error.strerror or _first_line(error)
-    return UserError(f"cannot write prepared data to '{out}': {reason}; give --data.dir PATH or set POISE_CACHE{again}")
-
-
-def goes_on(kept: Path) -> str:
-    """Return what to tell about a work folder that stays."""
-    return f"; what is done is in '{kept}', the same command goes on from there"
-
-
-def _damaged(folder: Path, what: str) -> UserError:
+def damaged(folder: Path, what: str) -> UserError:
+    """Return the error for prepared data that are not what they were."""
     return UserError(f"prepared data '{folder}' is damaged: {what}; remove the folder and prepare it again")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

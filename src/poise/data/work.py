@@ -27,7 +27,7 @@ from typing import IO, Any, Final, TypeVar
 
 from poise.core.errors import UserError
 from poise.core.lock import claim
-from poise.data import store
+from poise.data import staging
 
 Meta = dict[str, Any]
 Item = TypeVar("Item")
@@ -61,7 +61,7 @@ def opened(out: Path, key: str, *, keep: bool = False) -> Iterator[Path]:
     try:
         with _claimed(out):
             try:
-                store.clear_abandoned(out)
+                staging.clear_abandoned(out)
                 _begin(folder, key)
                 yield folder
             except UnfinishedError:
@@ -72,7 +72,7 @@ def opened(out: Path, key: str, *, keep: bool = False) -> Iterator[Path]:
             if not keep:
                 _remove(out)
     except OSError as error:
-        raise store.cannot_write(out, error, kept=folder if folder.exists() else None) from None
+        raise staging.cannot_write(out, error, kept=folder if folder.exists() else None) from None
 
 
 def clear(out: Path, key: str) -> None:
@@ -118,7 +118,7 @@ def _begin(folder: Path, key: str) -> None:
 
 def _remove(out: Path) -> None:
     """Remove the work folder at one stroke: from then on another process may make a new one."""
-    gone = store.beside(out, "partial")
+    gone = staging.beside(out, "partial")
     try:
         folder_of(out).rename(gone)
     except OSError:  # a system that renames no folder with an open file

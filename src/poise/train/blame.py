@@ -2,8 +2,8 @@
 
 Nothing is logged for it but the number of the step's first sample: a batch is a pure function of (seed, sample number),
 so a sample leads to its sequence, its sequence to a span of tokens, and that to the documents it was made from
-(``data/feed/loader.py``). It works while the run goes on, and after a rollback: the samples are those that the step showed
-when it was done last; its earlier tries can be asked for, and so can steps that a rollback has undone.
+(``data/feed/loader.py``). It works while the run goes on, and after a rollback: the samples are those that the step
+showed when it was done last; its earlier tries can be asked for, and so can steps that a rollback has undone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Document:
     Attributes:
         document: its number in the training text.
         source, origin: what it came from: the source's name, and the file within it.
-        offset, bytes: where its text is in that file.
+        offset, bytes: where it begins in that file, and how many bytes of cleaned text it has.
         content_hash: of its text, hexadecimal.
         span: first and last-plus-one position in the row.
         document_start: which of its tokens is at the beginning of the span.
@@ -143,17 +143,22 @@ class Seen(NamedTuple):
 class Tracer:
     """Leads from the steps of one run to their documents.
 
+    Args:
+        folder: of the run.
+        data: where its prepared data is now, if it has been moved; it has to be the same.
+
     Raises:
         UserError: no run there, or its prepared data is gone or has changed since.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, data: str | Path | None = None) -> None:
         self._folder = Path(folder)
-        self.recipe: Recipe = read_recipe(self._folder)
+        moved = None if data is None else {"data": {"dir": str(Path(data).expanduser())}}
+        self.recipe: Recipe = read_recipe(self._folder, moved)
         self._log = _Log.read(self._folder / "journal.jsonl")
         if not self._log.steps:
             raise UserError(f"'{folder}' has not journalled a step yet; blame it when it has")
-        self._tokens = self._opened()
+        self._tokens = self._opened(moved is not None)
         self._loader = Loader(self._tokens, self.recipe.train.seq_len, self.recipe.seed, feed=self.recipe.data.feed)
 
     @property
@@ -216,7 +221,7 @@ class Tracer:
             yield self._tokenizer.decode(ids[at:]), None
 
     def around(self, step: int, window: int, attempt: int | None = None) -> list[Seen]:
-        """Return what the last ``window`` steps up to ``step`` showed, by document, the most tokens first.
+        """Return what the last ``window`` steps up to ``step`` showed, by document, the most (input) tokens first.
 
         They are the steps that led to that try of it (the last): what was done again later is not among them.
 
@@ -228,11 +233,15 @@ class Tracer:
         known: dict[int, Document] = {}
         tries, chosen = self._chosen(step, attempt)
         for record in self._log.leading_to(tries[chosen - 1][0], step - window + 1, step):
-            for sample in samples_of(record, self.recipe.train.batch_size):
-                documents = self._documents(sample)
+            samples = samples_of(record, self.recipe.train.batch_size)
+            length = self._length(record, len(samples))
+            for sample in samples:
+                documents = self._documents(sample, length)
                 for one in documents:
-                    tokens[one.document] += one.span[1] - one.span[0]
-                    known.setdefault(one.document, one)
+                    # The last token of a row is only a target: as an input it is the first of another.
+                    tokens[one.document] += min(one.span[1], self.recipe.train.seq_len) - one.span[0]
+                    if one.document not in known or len(one.odd) > len(known[one.document].odd):
+                        known[one.document] = one
                 rows.update({one.document for one in documents})
         return [Seen(d, known[d].origin, n, rows[d], known[d].odd) for d, n in tokens.most_common()]
 
@@ -242,9 +251,13 @@ class Tracer:
 
     def _view(self, at: int, record: Record, samples: int) -> View:
         """Return how the step that is journalled at a place of the file showed its samples."""
+        return View(self._length(record, samples), self._log.dropped(at))
+
+    def _length(self, record: Record, samples: int) -> int:
+        """Return the length of a step's sequences; 0 where it is the full one of a run without a ramp."""
         growing = self.recipe.train.length_ramp
         seen = int(record["tokens"]) - samples * self.recipe.train.seq_len
-        return View(growing.at(max(seen, 0)) if growing else 0, self._log.dropped(at))
+        return growing.at(max(seen, 0)) if growing else 0
 
     def _row(self, row: int, sample: int, loss: Any, view: View) -> Row:
         ids = self._loader.row(sample)
@@ -268,32 +281,33 @@ class Tracer:
             loss=None if value is None or math.isnan(value) else value,
             distinct=len(set(ids.tolist())) / len(ids),
             counted=float(self._loader.counted(sample, view).mean()),
-            documents=self._documents(sample),
+            documents=self._documents(sample, view.seq_len),
             repeats=repeats,
         )
 
-    def _documents(self, sample: int) -> tuple[Document, ...]:
+    def _documents(self, sample: int, length: int) -> tuple[Document, ...]:
+        """Return the documents in a sample; what repeats itself is odd where sequences of this length mask it."""
         found = []
         known = self._tokens.manifest.get("quantiles", {})
         count = self._tokens.manifest["splits"]["train"]["documents"]
-        least = periodic.threshold(self.recipe.train.seq_len)
+        least = periodic.threshold(length or self.recipe.train.seq_len)
         for facts in self._loader.documents(sample):
             of = {name: facts.pop(name) for name in _OF_DOCUMENT}
             found.append(Document(**of, facts=facts, odd=tuple(odd(facts, known, count, least))))
         return tuple(found)
 
-    def _opened(self) -> Tokens:
+    def _opened(self, moved: bool) -> Tokens:
         kept = Path(self.recipe.data.dir)
-        if not is_prepared(kept):
+        if not moved and not is_prepared(kept):
             raise UserError(
-                f"the prepared data of '{self._folder}' was in '{kept}' and is gone; prepare it again with poise data "
-                f"prepare"
+                f"the prepared data of '{self._folder}' was in '{kept}' and is gone; give --data DIR if it has been "
+                f"moved, or prepare it again with poise data prepare"
             )
         tokens = open_tokens(kept)
         said = self._log.data.get("fingerprint")
         if said is not None and said != tokens.fingerprint:
             raise UserError(
-                f"'{kept}' no longer holds the data that '{self._folder}' was trained on; its documents are others"
+                f"'{kept}' does not hold the data that '{self._folder}' was trained on; its documents are others"
             )
         return tokens
 

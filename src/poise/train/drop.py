@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from poise.core.errors import UserError
 from poise.core.host import Curator
 from poise.train.host import no_document
+from poise.train.position import last_step
 from poise.train.state import Run
 
 
@@ -43,6 +45,23 @@ class Drop:
         for document in self.documents:
             if not 0 <= document < run.loader.document_count:
                 raise UserError(no_document(document, run.loader.document_count))
+
+    def too_much(self, run: Run) -> str:
+        """Return in a line why a run's budget cannot be used up without these samples; empty where it can.
+
+        Only a mixture with limits of epochs has an end.
+        """
+        end = None if run.loader.mix is None else run.loader.mix.total
+        if end is None:
+            return ""
+        without = dataclasses.replace(run.position, skips=[*run.position.skips, *self.samples])
+        last, asked = last_step(run.recipe, without, end), run.recipe.train.steps
+        if last >= asked:
+            return ""
+        return (
+            f"the mixture ends after {end:,} samples, by its limits of epochs; without what is dropped that is enough "
+            f"for step {last} and not for {asked}: use --train.steps {last}, or drop less"
+        )
 
     def apply(self, run: Run) -> None:
         """Take it out from the next step on."""

@@ -6,7 +6,7 @@ import signal
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from poise.core.types import Decision
@@ -23,11 +23,15 @@ EndReason = Literal["finished", "stopped", "halted"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: ``finished`` its budget, was ``stopped`` on request, or ``halted`` by the guard."""
+    """How a run ended: ``finished`` its budget, was ``stopped`` on request, or ``halted``.
+
+    ``used_up``: not the guard halted it: its mixture has no more samples.
+    """
 
     reason: EndReason
     step: int
     message: str = ""
+    used_up: bool = False
 
 
 class StopRequest:
@@ -71,7 +75,8 @@ def train(run: Run, stop: StopRequest | None = None) -> Outcome:
         save_due, saved_at = False, run.position.step
         while run.position.step < config.steps:
             if used_up := run.used_up():
-                return end(run, "halted", save(run, must=True) or used_up)
+                unsaved = save(run, must=True)
+                return replace(end(run, "halted", unsaved or used_up), used_up=not unsaved)
             signals, decision = train_step(run)
             run.store.note_progress(signals.step)
             run.tell("on_step", run.report(signals, decision))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from poise.core.types import IGNORE, Batch
 from poise.data.feed.loader import PLAIN, Loader, View
-from poise.data.feed.skips import Range, after
+from poise.data.feed.skips import Range, after, merged
 from poise.hardware.distributed import mean_over_ranks
 from poise.train.recipe import Recipe
 
@@ -83,6 +83,18 @@ def upcoming(recipe: Recipe, position: Position) -> Sequence[int]:
     growing = recipe.train.batch_ramp
     count = growing.at(position.tokens) if growing else recipe.train.batch_size
     return after(position.next_sample, count, position.skips)
+
+
+def last_step(recipe: Recipe, position: Position, end: int) -> int:
+    """Return the last step that can be done with the samples before ``end``, if the run follows on this position."""
+    skipped = [(max(a, position.next_sample), min(b, end - 1)) for a, b in merged(position.skips)]
+    left = max(0, end - position.next_sample) - sum(b - a + 1 for a, b in skipped if a <= b)
+    growing, step, seen = recipe.train.batch_ramp, position.step, position.tokens
+    while growing and (count := growing.at(seen)) < growing.full:
+        if count > left:
+            return step
+        step, left, seen = step + 1, left - count, seen + count * recipe.train.seq_len
+    return step + left // recipe.train.batch_size
 
 
 def view_at(recipe: Recipe, position: Position) -> View:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from poise.core.errors import UserError
 from poise.core.host import Replayed
-from poise.core.journal import Record, read, timeline
+from poise.core.journal import Record, timeline
 from poise.core.types import Batch
 from poise.data.feed.loader import View
 from poise.data.feed.skips import after, samples_of
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from poise.train.state import Run
 
 Keep = Literal["auto", "memory", "disk"]
+
+_NEEDED = ("max_norm", "places", "threshold", "logit_max")
+"""Fields of a decision by which it is carried out again: all ranks are told of them."""
 
 _MENDS = ("reset_moments", "qk_clip", "raise_precision")
 """Decisions that change the model or the optimizer: a replay with other data makes them as well."""
@@ -82,7 +85,7 @@ def replay(
     assert steps >= 0
     if run.store.latest(at_most) is None:
         raise UserError(f"no checkpoint of step {at_most} or before to replay from; save more often or keep more")
-    records = [] if run.journal is None else read(run.journal.path)
+    records = run.records()
     with _aside(run, keep):
         loaded = run.store.restore(run.model, run.optimizer, at_most=at_most, expect=run.fingerprint)
         present = run.position
@@ -188,7 +191,9 @@ def _others(run: Run, present: Position, records: list[Record], usual: Sequence[
 
 
 def _shown(samples: Sequence[int], view: View, lr: float | None, act: Record | None) -> Shown:
-    return Shown(samples, view, lr, *(() if act is None else (act["action"], act)))
+    if act is None:
+        return Shown(samples, view, lr)
+    return Shown(samples, view, lr, act["action"], {name: act[name] for name in _NEEDED if name in act})
 
 
 def _acts(records: list[Record]) -> dict[int, Record]:

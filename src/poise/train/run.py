@@ -7,7 +7,6 @@ A run is a folder: ``recipe.toml`` (every value, resolved), ``journal.jsonl``, `
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 
 from poise.core import config as configs
 from poise.core.errors import UserError
-from poise.core.journal import Journal, read, timeline
+from poise.core.journal import Journal, timeline
 from poise.dashboard.report import write_report
-from poise.data import sources
+from poise.data import sources, store
 from poise.data.feed.loader import Loader
 from poise.data.prepare import prepare
 from poise.data.sources import STDLIB
@@ -33,6 +32,8 @@ from poise.model.counts import count
 from poise.train import loop
 from poise.train.budget import UTILISATION
 from poise.train.drop import Drop
+from poise.train.folder import new_folder, write_recipe
+from poise.train.history import records_of
 from poise.train.host import TrainHost
 from poise.train.observers import Observer
 from poise.train.optimizer import optimizer_for
@@ -76,13 +77,13 @@ def train(
     world = distributed.init()
     folder = Path(out)
     if world.rank == 0:
-        _new_folder(folder)
+        new_folder(folder)
     try:
         tokens, recipe = prepared(recipe, progress, world)
         recipe = resolve(recipe, tokens)
         loader = check(recipe, tokens, world)
         if world.rank == 0:
-            _write_recipe(recipe, folder)
+            write_recipe(recipe, folder)
     except BaseException:
         if world.rank == 0:
             folder.rmdir()  # still empty: nothing of the user's is lost
@@ -112,13 +113,13 @@ def resume(
 
     Raises:
         UserError: no run there, its text has changed, ``over`` changes what a checkpoint fixes, or ``drop`` names a
-            document that is not there.
+            document that is not there or leaves too few samples of a mixture.
     """
     folder = Path(folder)
     recipe = read_recipe(folder, over)
     world = distributed.init()
     # Rank 0 alone reads: a long journal is large, and others might see an older one on a slow file system.
-    records = read(folder / "journal.jsonl") if world.rank == 0 and (folder / "journal.jsonl").exists() else []
+    records = records_of(folder / "journal.jsonl") if world.rank == 0 else []
     done, over_now, before = distributed.broadcast(
         (_steps_done(records), finished(records, recipe), Drop.asked_before(records))
     )
@@ -134,7 +135,7 @@ def resume(
     with _closing(run, folder):
         wished = drop or Drop()
         wished.check(run)  # before the journal knows of it
-        _take_up(run, folder, records, done, over, command, wished)
+        _take_up(run, folder, records, done, over, command, before, wished)
         before.and_also(wished).apply(run)
         return _attempt(run)
 
@@ -219,8 +220,21 @@ def expected_seconds(recipe: Recipe, vocab_size: int) -> float:
     return float(flops / (UTILISATION * rate * distributed.size()))
 
 
+def _check_contents(tokens: Tokens, world: distributed.World) -> None:
+    """Raise a ``UserError`` on every rank where small prepared data is not what it was; rank 0 looks."""
+    wrong = ""
+    if world.rank == 0:
+        try:
+            store.check(tokens)
+        except UserError as error:
+            wrong = str(error)
+    if wrong := distributed.broadcast(wrong):
+        raise UserError(wrong)
+
+
 def check(recipe: Recipe, tokens: Tokens, world: distributed.World) -> Loader:
     """Find what cannot work before the first step; return the loader of the training text."""
+    _check_contents(tokens, world)
     if recipe.train.batch_size % world.size:
         raise UserError(
             f"train.batch_size {recipe.train.batch_size} does not divide over {world.size} processes; "
@@ -335,6 +349,7 @@ def _write_run_record(run: Run, command: str) -> None:
         parameters=count(run.model.spec).params,
         tokens_per_step=run.recipe.tokens_per_step,
         total_steps=run.recipe.train.steps,
+        total_tokens=run.recipe.total_tokens,
         data=run.text,
     )
     run.tell("on_start", record)
@@ -349,6 +364,7 @@ def _take_up(
     done: int,
     over: Mapping[str, Any] | None,
     command: str,
+    before: Drop,
     drop: Drop,
 ) -> None:
     """Bring an assembled run to where its newest verified checkpoint is, and say so in the journal."""
@@ -364,11 +380,16 @@ def _take_up(
             f"the journal of '{folder}' knows {done} steps, but no good checkpoint is left; start a new run with: "
             f"poise train {folder / 'recipe.toml'}"
         )
+    short = before.and_also(drop).too_much(run)
+    if short and (drop.samples or over):
+        raise UserError(short)
     run.tell("on_note", reason)
+    if short:
+        run.tell("on_note", short)
     if run.journal is None:
         return
     if over:
-        _write_recipe(run.recipe, folder)
+        write_recipe(run.recipe, folder)
     if over or not any(record["type"] == "run" for record in records):
         _write_run_record(run, command)
     else:
@@ -405,31 +426,3 @@ def _closing(run: Run, folder: Path) -> Iterator[None]:
                 write_report(folder)
             except OSError as error:  # a full disk must not hide how the run ended
                 log.warning("no report: %s", error.strerror)
-
-
-def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write ``recipe.toml`` whole or not at all."""
-    aside = folder / "recipe.toml.new"
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(configs.to_toml(recipe))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(folder / "recipe.toml")
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def _new_folder(folder: Path) -> None:
-    try:
-        if folder.is_dir() and not any(folder.iterdir()):
-            return  # empty: left by a run that was killed while its text was prepared, or made by the user
-        folder.mkdir(parents=True, exist_ok=False)
-    except FileExistsError:
-        raise UserError(
-            f"'{folder}' exists and is not overwritten; resume it with: poise resume {folder}, "
-            f"or choose another folder with --out"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot make the run folder '{folder}': {error.strerror}; choose another with --out") from None

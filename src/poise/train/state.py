@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from poise.core.host import Host, Rewinder
-from poise.core.journal import Journal, read, timeline
+from poise.core.journal import Journal, Record, timeline
 from poise.core.types import IGNORE, Batch, Decision, Rollback, Signals, Verdict, Watch
 from poise.data.feed.loader import Loader, View
 from poise.data.feed.skips import samples_of, spans
@@ -34,6 +34,7 @@ from poise.optim.chain import Chain
 from poise.optim.schedules import lr_at
 from poise.train import mend
 from poise.train.evaluate import arguments_of
+from poise.train.history import records_of
 from poise.train.host import rewarmed
 from poise.train.observers import Observer, StepReport
 from poise.train.position import (
@@ -102,6 +103,7 @@ class Run:
     _began: float = 0.0
     _recorded: float = 0.0
     _carry: float = 0.0
+    _history: list[Record] | None = None
 
     # -- the parts of a step ---------------------------------------------------------------------------
 
@@ -155,8 +157,15 @@ class Run:
             return ""
         return (
             f"the mixture ends after {end:,} samples, by its limits of epochs, and what rollbacks and drops left out "
-            f"was taken from them; the last state is saved. Resume with a smaller train.steps, or start anew with more"
+            f"was taken from them; the last state is saved. Call it finished with train.steps {self.position.step}, or "
+            f"start anew with more"
         )
+
+    def records(self) -> list[Record]:
+        """Return the journal, without the losses of single rows; empty on every rank but 0, where there is none."""
+        if self._history is not None:
+            return self._history
+        return [] if self.journal is None else records_of(self.journal.path)
 
     def set_lr(self) -> None:
         """Set the learning rate of the current step: base rate x schedule x what a growing batch and the guard make of
@@ -177,8 +186,11 @@ class Run:
             self._rows.append((out.token_loss.sum(-1), (batch.targets != IGNORE).sum(-1)))
 
     def empty(self, signals: Signals) -> bool:
-        """Whether no target of the step counts, on any rank: its loss is then exactly 0, as no other step's is."""
-        return signals.loss == 0.0 and all(int(counts.sum()) == 0 for _, counts in self._rows)
+        """Whether no target of the step counts, on any rank: its loss is then exactly 0, as hardly another's is."""
+        if signals.loss != 0.0:  # equal on all ranks, so that all of them ask, or none
+            return False
+        own = sum(int(counts.sum()) for _, counts in self._rows)
+        return float(mean_over_ranks(torch.tensor(float(own), device=self.world.device))) == 0.0
 
     def sample_losses(self) -> list[float]:
         """Return the mean loss of each sample of the step, NaN where nothing of it counts; all ranks call together."""
@@ -308,7 +320,16 @@ class Run:
             event_step: the step at which the trouble showed.
             level: the loss that a healthy step would have had, in nats.
         """
-        records = [] if self.journal is None else read(self.journal.path)
+        self._history = self.records()  # the replays need it as well; nothing is written meanwhile
+        try:
+            verdict = self._investigated(event_step, level, self._history)
+        finally:
+            self._history = None
+        if self.journal is not None:
+            self.journal.write("verdict", step=event_step, **asdict(verdict), investigated=True)
+        return verdict
+
+    def _investigated(self, event_step: int, level: float, records: list[Record]) -> Verdict:
         size = self.recipe.train.batch_size
         done = [
             (r["step"], r["loss"], r["grad_norm"], r["sample"], samples_of(r, size)[-1])
@@ -318,7 +339,7 @@ class Run:
         steps = distributed.broadcast(done)
         samples = [(first, last) for step, _, _, first, last in steps if step == event_step]
         assert isinstance(self.host, Rewinder)
-        verdict = self.guard.investigate(
+        return self.guard.investigate(
             event_step,
             self.host,
             observed=[(step, loss) for step, loss, _, _, _ in steps],
@@ -327,9 +348,6 @@ class Run:
             samples=samples[-1] if samples else None,
             deterministic=self.world.device.type == "cpu",
         )
-        if self.journal is not None:
-            self.journal.write("verdict", step=event_step, **asdict(verdict), investigated=True)
-        return verdict
 
     def report(self, signals: Signals, decision: Decision) -> StepReport:
         """Return what observers are told about the step just done."""

@@ -21,10 +21,11 @@ import tokenizers
 from numpy.typing import NDArray
 
 from poise.core.errors import UserError
-from poise.data import judge, store
+from poise.data import judge, staging, store
 from poise.data.exchange.incoming import REQUIRED, Import, Incoming, Reading, split
 from poise.data.exchange.meaning import Vocabulary, vocabulary_of
 from poise.data.exchange.outgoing import PROVENANCE, Progress
+from poise.data.look.health import coverage
 from poise.data.tokens import periodic
 from poise.data.writer import SplitWriter, content_hash
 
@@ -48,15 +49,17 @@ def build(
         UserError: a file is damaged, no or a wrong vocabulary, ids outside it, no documents, or a full disk.
     """
     out = out.expanduser().absolute()
-    store.refuse_foreign(out)
+    staging.refuse_foreign(out)
     vocabulary = vocabulary_of(Path(source).expanduser(), readings, how)
     name = how.name or Path(source).expanduser().absolute().name.partition(".")[0] or "tokens"
-    with store.staged(out) as folder:
+    with staging.staged(out) as folder:
         (folder / store.TOKENIZER).write_text(vocabulary.inner.to_json(), encoding="utf-8", newline="\n")
         building = _Building(vocabulary, how, name, folder, progress)
         building.skipped.update(skipped or {})
         building.run(readings)
-        return store.seal(folder, building.manifest(kind, str(source), len(readings)))
+        manifest = building.manifest(kind, str(source), len(readings))
+        manifest["vocabulary"] = coverage(store.Tokens(folder, manifest))
+        return store.seal(folder, manifest)
 
 
 @dataclass

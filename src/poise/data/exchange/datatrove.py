@@ -30,9 +30,9 @@ def export(
     With ``tokens_per_file`` the files are cut between documents and numbered. Returns the token files.
 
     Raises:
-        UserError: ``data`` is no prepared data, ``out`` is there already, or the disk is full.
+        UserError: ``data`` is no prepared data or damaged, ``out`` is there already, or the disk is full.
     """
-    tokens = store.open_tokens(data)
+    tokens = outgoing.opened(data)
     meter = outgoing.Meter(tokens, progress)
     with outgoing.fresh(out) as folder:
         for name in store.SPLITS:

@@ -39,9 +39,9 @@ def export(data: str | Path, out: str | Path, *, progress: Progress | None = Non
     hexadecimal text.
 
     Raises:
-        UserError: ``data`` is no prepared data, ``out`` is there already, or the disk is full.
+        UserError: ``data`` is no prepared data or damaged, ``out`` is there already, or the disk is full.
     """
-    tokens = store.open_tokens(data)
+    tokens = outgoing.opened(data)
     meter = outgoing.Meter(tokens, progress)
     used = [name for name in store.SPLITS if tokens.manifest["splits"][name]["documents"]]
     with outgoing.fresh(out) as folder:

@@ -34,9 +34,9 @@ def export(data: str | Path, out: str | Path, progress: Progress | None = None) 
     Ids above 65,535 are marked int32, which has the same bytes (the layout knows no uint32).
 
     Raises:
-        UserError: ``data`` is no prepared data, ``out`` is there already, or the disk is full.
+        UserError: ``data`` is no prepared data or damaged, ``out`` is there already, or the disk is full.
     """
-    tokens = store.open_tokens(data)
+    tokens = outgoing.opened(data)
     meter = outgoing.Meter(tokens, progress)
     with outgoing.fresh(out) as folder:
         for name in store.SPLITS:

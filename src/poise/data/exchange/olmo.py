@@ -45,9 +45,9 @@ def export(
     The id of a document is its record's own, else its content hash. Returns the token files.
 
     Raises:
-        UserError: ``data`` is no prepared data, ``out`` is there already, or the disk is full.
+        UserError: ``data`` is no prepared data or damaged, ``out`` is there already, or the disk is full.
     """
-    tokens = store.open_tokens(data)
+    tokens = outgoing.opened(data)
     meter = outgoing.Meter(tokens, progress)
     with outgoing.fresh(out) as folder:
         for name in store.SPLITS:
@@ -141,7 +141,10 @@ class _File(Reading):
                         raise incoming.damaged(lines, f"line {number} has tokens {start} to {end} of {len(ids):,}")
                     name = row[2] if len(row) > 2 else None
                     origin = ":".join(row[3:5]) if len(row) > 4 else f"{self.path.name}:{number - 1}"
-                    yield Incoming(ids[start:end], origin, start * ids.itemsize, name)
+                    place = (
+                        0 if len(row) > 4 else start * ids.itemsize
+                    )  # of another's file nothing but the line is known
+                    yield Incoming(ids[start:end], origin, place, name)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise incoming.damaged(lines, f"it breaks off after line {number}") from None
         except (ValueError, IndexError, csv.Error) as error:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from poise.core.errors import UserError
-from poise.data import store
+from poise.data import staging, store
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total): tokens so far, and all of them; total is None if unknown."""
@@ -28,6 +28,17 @@ Progress = Callable[[str, int, int | None], None]
 PROVENANCE: Final = ".docs.arrow"
 _TOKENS: Final = 2**22  # tokens copied at once
 _ROWS: Final = 65_536  # rows of provenance copied at once
+
+
+def opened(data: str | Path) -> store.Tokens:
+    """Open what is to be exported; damage must not travel on.
+
+    Raises:
+        UserError: ``data`` is no prepared data, or it has changed (looked for where ``store.check`` does).
+    """
+    tokens = store.open_tokens(data)
+    store.check(tokens)
+    return tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +100,7 @@ def fresh(out: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write to '{out}': {error.strerror}; give another folder") from None
     if taken:
         raise UserError(f"'{out}' is there already; an export never replaces anything, give a new folder")
-    with store.staged(path) as folder:
+    with staging.staged(path) as folder:
         yield folder
 
 

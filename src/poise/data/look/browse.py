@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.core.errors import UserError
+from poise.data.look.health import tokenizer_of
 from poise.data.look.inspect import column
-from poise.data.store import SPLITS, Split, Tokens, open_tokens
-from poise.data.tokens.tokenizer import load
+from poise.data.store import SPLITS, Split, Tokens, check_ids, damaged, open_tokens
 
 _BLOCK: Final = 2**20  # tokens decoded together
 _CHECKED: Final = 8  # documents on which decoding is checked
@@ -83,10 +83,14 @@ class Hit:
 
 
 class Texts:
-    """Decodes documents of one folder."""
+    """Decodes documents of one folder.
+
+    Errors:
+        UserError: what is to be decoded is damaged.
+    """
 
     def __init__(self, tokens: Tokens) -> None:
-        self._tokenizer = load(tokens.tokenizer_path)
+        self._tokens, self._tokenizer = tokens, tokenizer_of(tokens)
         self._end = tokens.end_of_text
         pieces = list(self._tokenizer.pieces[: tokens.vocab_size])
         pieces += [b""] * (tokens.vocab_size - len(pieces))
@@ -104,21 +108,32 @@ class Texts:
 
     def block(self, split: Split, first: int, last: int) -> tuple[bytes, NDArray[np.int64]]:
         """Return the UTF-8 text of documents ``first .. last - 1`` and where each begins and the last ends."""
-        starts = split.index.pointers[first:last] // split.tokens.itemsize
-        lengths = split.index.lengths[first:last].astype(np.int64)
-        if len(starts) == 0:
+        ids, lengths = self._ids(split, first, last)
+        if len(lengths) == 0:
             return b"", np.zeros(1, np.int64)
         if not self._by_piece:
             texts = [self._slow(split, number) for number in range(first, last)]
             return b"".join(texts), np.cumsum([0, *map(len, texts)])
-        ids = split.tokens[int(starts[0]) : int(starts[-1] + lengths[-1])]
         pieces = self._pieces
         data = b"".join([pieces[i] for i in ids.tolist()])
         sizes = np.add.reduceat(self._sizes[ids], np.cumsum(lengths) - lengths)
         return data, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
+    def _ids(self, split: Split, first: int, last: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+        """Return the ids of documents ``first .. last - 1``, all within the vocabulary, and their lengths."""
+        starts = split.index.pointers[first:last] // split.tokens.itemsize
+        lengths = split.index.lengths[first:last].astype(np.int64)
+        if len(starts) == 0:
+            return split.tokens[:0], lengths
+        ends = starts + lengths
+        if starts[0] < 0 or (lengths < 1).any() or (starts[1:] != ends[:-1]).any() or ends[-1] > len(split.tokens):
+            raise damaged(split.folder, f"{split.name}.idx does not fit {split.name}.bin")
+        ids = split.tokens[int(starts[0]) : int(ends[-1])]
+        check_ids(self._tokens, split.name, ids)
+        return ids, lengths
+
     def _slow(self, split: Split, number: int) -> bytes:
-        ids = split.document_tokens(number)
+        ids, _ = self._ids(split, number, number + 1)
         ids = ids[:-1] if len(ids) and ids[-1] == self._end else ids
         return self._tokenizer.decode(ids).encode("utf-8", "replace")
 

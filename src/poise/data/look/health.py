@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from poise.core.errors import UserError
 from poise.data.feed import pack
-from poise.data.store import SPLITS, Tokens, open_tokens, token_dtype
+from poise.data.store import SPLITS, Split, Tokens, check_ids, damaged, open_tokens, token_dtype
 from poise.data.tokens import periodic, vocabulary
-from poise.data.tokens.tokenizer import load
+from poise.data.tokens.tokenizer import Tokenizer, load
 
 _CHUNK: Final = 2**20  # tokens looked at together: more would not stay in a core's cache
+_ROWS: Final = 2**16  # repeats looked at together
 ENOUGH: Final = 2**26
 """Tokens that tell how a vocabulary fits: of more, evenly spread chunks are looked at."""
 
@@ -29,7 +30,8 @@ def repeats(folder: str | Path, *, seq_len: int | None = None) -> dict[str, Any]
     tokens = open_tokens(folder)
     split = tokens.split("train")
     ends = np.cumsum(np.asarray(split.index.lengths), dtype=np.int64)
-    return periodic.report(split.repeats, load(tokens.tokenizer_path), split.tokens, ends, seq_len=seq_len)
+    _check_repeats(tokens, split)
+    return periodic.report(split.repeats, tokenizer_of(tokens), split.tokens, ends, seq_len=seq_len)
 
 
 def vocabulary_of(folder: str | Path, most: int | None = None) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def vocabulary_of(folder: str | Path, most: int | None = None) -> dict[str, Any]
     facts = tokens.manifest["splits"].values()
     share = int(seen.sum()) / max(1, sum(each["tokens"] for each in facts))
     size = round(share * sum(each["bytes"] for each in facts))
-    return vocabulary.health(seen, load(tokens.tokenizer_path), size)
+    return vocabulary.health(seen, tokenizer_of(tokens), size)
 
 
 def packing(folder: str | Path, seq_len: int) -> dict[str, Any]:
@@ -83,7 +85,11 @@ def warnings(folder: str | Path) -> list[str]:
 
 
 def counts(tokens: Tokens, most: int | None = None) -> NDArray[np.int64]:
-    """Return how often each id occurs in both parts, (vocab_size,); of more than ``most`` tokens in so many of them."""
+    """Return how often each id occurs in both parts, (vocab_size,); of more than ``most`` tokens in so many of them.
+
+    Raises:
+        UserError: an id is outside the vocabulary: the file has changed.
+    """
     found = np.zeros(tokens.vocab_size, np.int64)
     dtype = token_dtype(tokens.vocab_size)
     total = sum(facts["tokens"] for facts in tokens.manifest["splits"].values())
@@ -91,6 +97,42 @@ def counts(tokens: Tokens, most: int | None = None) -> NDArray[np.int64]:
     for name in SPLITS:
         with (tokens.dir / f"{name}.bin").open("rb") as file:  # read, not mapped: mapped pages would stay in memory
             while len(some := np.fromfile(file, dtype, _CHUNK)):
+                check_ids(tokens, name, some)
                 found += np.bincount(some, minlength=tokens.vocab_size)
                 file.seek((stride - 1) * _CHUNK * dtype.itemsize, os.SEEK_CUR)
     return found
+
+
+def coverage(tokens: Tokens, most: int | None = ENOUGH) -> dict[str, int]:
+    """Return how many ids are hardly seen, as the manifest holds it under ``vocabulary``; ``most`` as in ``counts``."""
+    seen = counts(tokens, most)
+    return {
+        "tokens_counted": int(seen.sum()),
+        "never": int((seen == 0).sum()),
+        "under_10": int((seen < 10).sum()),
+    }
+
+
+def tokenizer_of(tokens: Tokens) -> Tokenizer:
+    """Load the tokenizer of prepared data.
+
+    Raises:
+        UserError: it is no tokenizer, or has another number of ids than the manifest says.
+    """
+    tokenizer = load(tokens.tokenizer_path)
+    if tokenizer.vocab_size != tokens.vocab_size:
+        said = f"{tokenizer.vocab_size:,} ids, the manifest says {tokens.vocab_size:,}"
+        raise damaged(tokens.dir, f"{tokens.tokenizer_path.name} has {said}")
+    return tokenizer
+
+
+def _check_repeats(tokens: Tokens, split: Split) -> None:
+    """Raise a ``UserError`` where repeats, or the tokens of their n-grams, cannot be."""
+    for at in range(0, len(split.repeats), _ROWS):
+        some = split.repeats[at : at + _ROWS]
+        start, length, period = (some[name].astype(np.int64) for name in ("start", "length", "period"))
+        inside = (start >= 0) & (length >= period) & (start + length <= len(split.tokens))
+        if not (inside & (period >= 1) & (period <= periodic.MAX_PERIOD)).all():
+            raise damaged(tokens.dir, f"{split.name}.repeats.bin has a span that cannot be")
+        offset = np.minimum(np.arange(periodic.MAX_PERIOD), period[:, None] - 1)
+        check_ids(tokens, split.name, split.tokens[(start[:, None] + offset).ravel()])

@@ -12,10 +12,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from poise.core.errors import UserError, nearest
-from poise.data.look.health import counts
+from poise.data.look.health import coverage
 from poise.data.store import SPLITS, Split, Tokens, open_tokens
 
-_CHUNK: Final = 2**24  # tokens looked at together
 _BINS: Final = 20
 _VALUES: Final = 20  # texts shown in a histogram, the commonest ones
 _SKEWED: Final = 20.0  # largest value over median from which a histogram gets logarithmic bins
@@ -25,15 +24,15 @@ _NUMBER_NAMES: Final = {"tokens": "token_length"}  # what people call it, what t
 def describe(folder: str | Path, most: int | None = None) -> dict[str, Any]:
     """Return counts of prepared data: whole numbers, text and one ratio, ready for JSON.
 
-    Reads every token once, in bounded memory; with ``most`` at most about so many (``tokens_counted`` of them), which
-    is enough to see how the vocabulary fits.
+    How many ids are hardly seen is in the manifest, counted when it was written in ``tokens_counted`` of the tokens.
+    Where it is not (an older folder) every token is read once, in bounded memory; with ``most`` about so many of them.
 
     Raises:
         UserError: the folder holds no prepared data, or it is damaged.
     """
     tokens = open_tokens(folder)
     splits = [tokens.split(name) for name in SPLITS]
-    seen = counts(tokens, most)
+    known = tokens.manifest.get("vocabulary") or coverage(tokens, most)
     per_split = tokens.manifest["splits"]
     total = {key: sum(facts[key] for facts in per_split.values()) for key in ("documents", "tokens", "bytes")}
     hashes = pa.chunked_array([chunk for s in splits for chunk in s.table["content_hash"].chunks], pa.binary(16))
@@ -48,9 +47,9 @@ def describe(folder: str | Path, most: int | None = None) -> dict[str, Any]:
         "duplicate_documents": total["documents"] - len(hashes.unique()),
         "longest_document": _longest(tokens, splits),
         "vocab_size": tokens.vocab_size,
-        "tokens_counted": int(seen.sum()),
-        "ids_never_seen": int((seen == 0).sum()),
-        "ids_seen_under_10_times": int((seen < 10).sum()),
+        "tokens_counted": known["tokens_counted"],
+        "ids_never_seen": known["never"],
+        "ids_seen_under_10_times": known["under_10"],
         "replaced_bytes": tokens.manifest["replaced_bytes"],
         "skipped": dict(tokens.manifest["skipped"]),
         "dropped": dict(tokens.manifest.get("dropped", {})),

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +31,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from poise.core.errors import UserError
-from poise.data import store
+from poise.data import staging, store
 from poise.data.look import browse
+from poise.data.look.health import coverage
 from poise.data.look.inspect import column
 from poise.data.look.odd import quantiles
 from poise.data.store import SPLITS, Split, Tokens, open_tokens
@@ -110,8 +113,9 @@ def drop(
     """Write prepared data without the documents that any of the rules matches; return its manifest.
 
     Tokens, provenance, scores and repeats are copied, the order stays. What was left out is kept, decoded, in
-    ``dropped/`` with the reason ``inspect.<rule>``, the first that matched. The manifest's ``derived`` names the
-    folder, its fingerprint, and what each rule took.
+    ``dropped/`` with the reason ``inspect.<rule>``, the first that matched, beside what ``folder`` had left out. The
+    manifest's ``dropped`` counts what lies there; its ``derived`` names the folder, its fingerprint, what each rule
+    took, and as ``not_kept`` what ``folder`` had left out and no longer has.
 
     Args:
         folder: prepared data; it is not changed.
@@ -120,11 +124,12 @@ def drop(
         progress: called with (tokens done, all tokens).
 
     Raises:
-        UserError: a bad rule, a rule that matches nothing, nothing left, the same folder, a full disk.
+        UserError: a bad rule, a rule that matches nothing, nothing left, the same folder, damaged data, a full disk.
     """
     tokens = open_tokens(folder)
     place = Path(out).expanduser().absolute()
     _refuse(tokens, rules, place)
+    store.check(tokens, dropped=True)
     taken_by = _first_rule(tokens, rules)
     splits = {name: tokens.split(name) for name in SPLITS}
     counts = [
@@ -136,11 +141,14 @@ def drop(
     ]
     if all((taken >= 0).all() for taken in taken_by.values()):
         raise UserError(f"the rules match every document of '{folder}'; nothing would be left, use narrower ones")
-    with store.staged(place) as aside:
+    with staging.staged(place) as aside:
         shutil.copyfile(tokens.tokenizer_path, aside / store.TOKENIZER)
         _write_kept(tokens, splits, taken_by, aside, progress or (lambda *_: None))
-        _write_dropped(tokens, splits, taken_by, rules, aside / store.DROPPED)
-        manifest = _manifest(tokens, splits, taken_by, rules, summed)
+        (aside / store.DROPPED).mkdir()
+        already, files = _copy_dropped(tokens, aside / store.DROPPED)
+        _write_dropped(tokens, splits, taken_by, rules, aside / store.DROPPED / f"{files:05}.parquet")
+        manifest = _manifest(tokens, splits, taken_by, rules, summed, already)
+        manifest["vocabulary"] = coverage(Tokens(aside, manifest))
         manifest["quantiles"] = quantiles(store.documents_table(aside, "train"))
         return store.seal(aside, manifest)
 
@@ -151,7 +159,7 @@ def _refuse(tokens: Tokens, rules: Sequence[str], out: Path) -> None:
     here, there = tokens.dir.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"'{out}' is or touches the folder that is read; give --out another folder")
-    store.refuse_foreign(out)
+    staging.refuse_foreign(out)
 
 
 def _first_rule(tokens: Tokens, rules: Sequence[str]) -> dict[str, NDArray[np.int16]]:
@@ -266,15 +274,45 @@ def _write_block(
         writer.add_block(ids, rows[0], repeats[keep[of]])
 
 
+def _copy_dropped(tokens: Tokens, folder: Path) -> tuple[dict[str, dict[str, int]], int]:
+    """Put what was left out before into ``folder``; return its counts by reason and the first number of a file."""
+    names = [name for name in tokens.manifest["files"] if name.startswith(f"{store.DROPPED}/")]
+    documents, sizes, first = Counter[str](), Counter[str](), 0
+    for name in names:
+        old, new = tokens.dir / name, folder / Path(name).name
+        if not old.exists():
+            continue  # what was dropped may be removed
+        try:
+            table = pq.read_table(old, columns=["reason", "bytes"])
+        except (pa.ArrowException, OSError) as error:
+            raise store.damaged(tokens.dir, f"{name} cannot be read ({str(error).splitlines()[0]})") from None
+        for row in table.group_by("reason").aggregate([("bytes", "sum"), ("bytes", "count")]).to_pylist():
+            documents[row["reason"]] += row["bytes_count"]
+            sizes[row["reason"]] += row["bytes_sum"]
+        _link_or_copy(old, new)
+        first = max(first, int(new.stem) + 1 if new.stem.isdecimal() else 0)
+    return {reason: {"documents": documents[reason], "bytes": sizes[reason]} for reason in sorted(documents)}, first
+
+
+def _link_or_copy(old: Path, new: Path) -> None:
+    """Make ``new`` a second name of ``old``, which is never written to again; where that cannot be, a copy."""
+    try:
+        if os.access(old, os.W_OK):  # sealing opens files for writing
+            os.link(old, new)
+            return
+    except OSError:  # another disk, or one without links
+        pass
+    shutil.copyfile(old, new)
+
+
 def _write_dropped(
     tokens: Tokens,
     splits: dict[str, Split],
     taken_by: dict[str, NDArray[np.int16]],
     rules: Sequence[str],
-    folder: Path,
+    path: Path,
 ) -> None:
     texts = browse.Texts(tokens)
-    folder.mkdir()
     out: pq.ParquetWriter | None = None
     try:
         for name, split in splits.items():
@@ -291,7 +329,7 @@ def _write_dropped(
                 )
                 reasons = pa.array([f"{REASON}.{rules[number]}" for number in taken[rows]], pa.string())
                 table = table.append_column("reason", reasons)
-                out = out or pq.ParquetWriter(folder / "00000.parquet", table.schema, compression="zstd")
+                out = out or pq.ParquetWriter(path, table.schema, compression="zstd")
                 out.write_table(table)
     finally:
         if out is not None:
@@ -304,8 +342,9 @@ def _manifest(
     taken_by: dict[str, NDArray[np.int16]],
     rules: Sequence[str],
     counts: Sequence[dict[str, int]],
+    already: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    """Return the manifest of what is kept: the old one with new counts, and what was left out."""
+    """Return the manifest of what is kept: the old one with new counts, and what was left out, now and before."""
     manifest = {k: v for k, v in tokens.manifest.items() if k not in ("format", "version", "files")}
     kept = {name: taken < 0 for name, taken in taken_by.items()}
     manifest["splits"] = {name: _sizes(split, kept[name]) for name, split in splits.items()}
@@ -319,14 +358,17 @@ def _manifest(
             per_split[name] = _sizes(split, kept[name] & inside)
         sources.append({**source, "splits": per_split})
     manifest["sources"] = sources
-    dropped = dict(manifest.get("dropped", {}))
+    dropped = {reason: dict(facts) for reason, facts in already.items()}
     for rule, each in zip(rules, counts, strict=True):
-        dropped[f"{REASON}.{rule}"] = {"documents": each["documents"], "bytes": each["bytes"]}
+        if each["documents"]:  # else earlier rules took all
+            facts = dropped.setdefault(f"{REASON}.{rule}", {"documents": 0, "bytes": 0})
+            facts.update({key: facts[key] + each[key] for key in facts})
+    lost = {reason: facts for reason, facts in manifest.get("dropped", {}).items() if facts != already.get(reason)}
     step = {
         "from": tokens.dir.name,
         "fingerprint": tokens.fingerprint,
         "rules": [{"rule": rule, **each} for rule, each in zip(rules, counts, strict=True)],
-    }
+    } | ({"not_kept": lost} if lost else {})
     key = json.dumps([manifest["source"]["fingerprint"], step], sort_keys=True)
     fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     manifest["source"] = {**manifest["source"], "fingerprint": fingerprint}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from poise.data.readers import encoding
-from poise.data.readers.document import Document
+from poise.data.readers.document import Document, Tally
 from poise.data.readers.rows import label
-from poise.data.readers.stream import Job, raw_file
+from poise.data.readers.stream import Job, first_line, raw_file
 
 _ROWS: Final = 256
 _BATCH_BYTES: Final = 4 * 2**20  # text of one batch, where it can be known beforehand
@@ -21,11 +22,14 @@ _BATCH_BYTES: Final = 4 * 2**20  # text of one batch, where it can be known befo
 def read_parquet(job: Job) -> Iterator[Document]:
     """Yield the text column of a Parquet file row by row; a file without that column is counted.
 
+    Of a damaged row group the batches before the damage are used, and the groups after it.
+
     Raises:
-        pyarrow.ArrowException, OSError without a number: the file is damaged; the rows before were yielded.
+        Damaged: a row group is damaged, and the job strict.
+        pyarrow.ArrowException, OSError without a number: the file's description is damaged.
         OSError: the file cannot be opened or read.
     """
-    with raw_file(job.file) as raw, pq.ParquetFile(raw, pre_buffer=False) as table:
+    with raw_file(job.file) as raw, pq.ParquetFile(raw, pre_buffer=False, page_checksum_verification=True) as table:
         schema, facts = table.schema_arrow, table.metadata
         if not _is_text(job, schema):
             return
@@ -36,7 +40,8 @@ def read_parquet(job: Job) -> Iterator[Document]:
             if first + rows > job.number:
                 size = max(1, min(_ROWS, _BATCH_BYTES * rows // max(1, _text_bytes(facts.row_group(group), job))))
                 at = first
-                for batch in table.iter_batches(batch_size=size, row_groups=[group], columns=paths):
+                batches = table.iter_batches(batch_size=size, row_groups=[group], columns=paths)
+                while (batch := _tried(job, lambda batches=batches: next(batches, None))) is not None:  # type: ignore[misc]
                     yield from _documents(job, batch, at)
                     at += batch.num_rows
                     job.reached(job.file.size * at // max(1, facts.num_rows))
@@ -46,7 +51,11 @@ def read_parquet(job: Job) -> Iterator[Document]:
 def read_arrow(job: Job) -> Iterator[Document]:
     """Yield the text column of an Arrow file or stream row by row; a file without that column is counted.
 
+    A damaged batch of a file is left out (nobody knows how many rows it had: the rows after it count on without them);
+    a stream ends there.
+
     Raises:
+        Damaged: a batch is damaged, and the job strict.
         pyarrow.ArrowException, OSError without a number: the file is damaged; the rows before were yielded.
         OSError: the file cannot be opened or read.
     """
@@ -67,7 +76,11 @@ def _of_file(job: Job, file: Any) -> Iterator[Document]:
             return
         first = 0
         for number in range(table.num_record_batches):
-            batch = table.get_batch(number)
+            # Damage before the job's place was counted before.
+            counting = job if first >= job.number else replace(job, tally=Tally())
+            batch = _tried(counting, lambda number=number: table.get_batch(number))  # type: ignore[misc]
+            if batch is None:
+                continue
             yield from _documents_of(job, batch, first)
             first += batch.num_rows
             job.reached(job.file.size * (number + 1) // table.num_record_batches)
@@ -82,6 +95,17 @@ def _of_stream(job: Job, file: Any) -> Iterator[Document]:
             yield from _documents_of(job, batch, first)
             first += batch.num_rows
             job.reached(file.tell())
+
+
+def _tried(job: Job, read: Callable[[], Any]) -> Any:
+    """Return what ``read`` does; None, and count it, if it finds damage."""
+    try:
+        return read()
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not about the contents
+        job.damaged(first_line(error))
+        return None
 
 
 def _documents_of(job: Job, batch: pa.RecordBatch, first: int) -> Iterator[Document]:

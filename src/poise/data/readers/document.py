@@ -13,7 +13,7 @@ class Place(NamedTuple):
 
     Attributes:
         file: number of the file in ``Source.files``; 0 for a Hugging Face data set.
-        offset: bytes of the file that are done, decompressed (as they lie in a WARC); 0 in Parquet and Arrow.
+        offset: bytes of the file that are done, decompressed; 0 in Parquet and Arrow.
         number: lines, rows, records or pieces of the file that are done.
     """
 
@@ -31,8 +31,8 @@ class Document:
         source: short name of the source it came from.
         origin: path relative to the source's root; ``path:line`` (from 1) in JSON lines, ``path:row``
             (from 0) in Parquet, Arrow and a list in JSON, ``path:record`` (from 0) in a WARC.
-        offset: byte at which it begins in the (uncompressed) file; in its UTF-8 form where the file is
-            UTF-16 or UTF-32; in the file as it lies in a WARC; 0 in Parquet and Arrow.
+        offset: byte at which it begins in the (uncompressed) file, or its line, object or record does; 0 in Parquet,
+            Arrow and a Hugging Face data set. Behind damage, what was lost does not count, nor in ``origin``.
         replaced_bytes: bytes that could not be read as characters and became U+FFFD.
         id: the record's own id, where it has one.
         url: the address the text came from, where the record gives it.
@@ -54,7 +54,8 @@ class Tally:
     """What a reading pass has met so far. When a document is handed out, it holds what came before its place.
 
     Attributes:
-        skipped: how many files, rows or lines were left out, by reason.
+        skipped: how many files, rows or lines were left out, by reason. ``damaged file`` counts the files of
+            ``damaged``, ``damaged member`` the members, row groups, batches and records left out of them.
         done: bytes of the source's files read, compressed as they are.
         fields: the fields of the first row that had no usable text field.
         on_read: called whenever ``done`` has grown.
@@ -62,7 +63,7 @@ class Tally:
         converted: documents whose text was not UTF-8 and was converted, by encoding.
         removed: characters taken out of texts, by kind: ``NUL``, ``control character``, ``CR of CR LF``.
         repaired: documents in which UTF-8 read as cp1252 was turned back.
-        damaged: origins of the files that break off or cannot be decoded; what came before the damage is used.
+        damaged: origins of the files of which something is damaged; what can be read of them is used.
         ended: name of the source that was read to its end last.
         over: ``ended`` of the state this goes on from. A state taken when a source had ended holds what was skipped
             after its last document, so going on from that document reads nothing more.

@@ -1,40 +1,38 @@
 """Opening a file for reading: local or remote, decompressed, UTF-16 and UTF-32 turned into UTF-8.
 
-A stream that breaks off or is damaged ends there as if it were the end of the file, and says so in ``damage``: what
-came before is not lost.
+Where something of a compressed file is lost, its reader is at an end; ``Stream.go_on`` counts the loss and leads behind
+it. So what came before is never lost, and never joined to what comes after.
 """
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import importlib
 import io
-import lzma
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, cast
 
-import pyarrow as pa
-
 from poise.core.errors import UserError
 from poise.data.readers import encoding
 from poise.data.readers.document import Document, Place, Tally
+from poise.data.readers.unpack import FORMS, Unpacked
 
 Kind = Literal["text", "jsonl", "json", "parquet", "arrow", "warc", "topics"]
 """How a file is read; ``json`` is told from text by its beginning."""
 
-COMPRESSED: Final = frozenset({".gz", ".zst", ".bz2", ".xz"})
+COMPRESSED: Final = frozenset(FORMS)
 
 _BUFFER: Final = 2**18
 _BLOCK: Final = 2**16
+_CONTINUING: Final = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
+_FOUR: Final = bytes(range(0xF0, 0xF5))  # those that begin one of four bytes, which is two units of UTF-16
 
 
 class Damaged(Exception):  # noqa: N818 - a fact about a file, not an error of ours
-    """A file breaks off or cannot be decoded."""
+    """A file breaks off or cannot be decoded, and nothing more can be read of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +75,7 @@ class Job:
         base: bytes of the source in the files before.
         offset: bytes of the file that are done already.
         number: lines, rows, records or pieces that are done already.
+        strict: whether damage is an error.
     """
 
     file: SourceFile
@@ -88,6 +87,7 @@ class Job:
     base: int = 0
     offset: int = 0
     number: int = 0
+    strict: bool = False
 
     def document(
         self,
@@ -101,6 +101,20 @@ class Job:
     ) -> Document:
         """Return a document of this file; ``after`` is (offset, number) of the place after it."""
         return Document(text, self.source, origin, offset, replaced, id, url, Place(self.index, *after))
+
+    def damaged(self, why: str, member: bool = True) -> None:
+        """Count damage: a member (row group, batch, record) that is left out, or a file that breaks off.
+
+        Raises:
+            Damaged: the job is strict.
+        """
+        if self.strict:
+            raise Damaged(why)
+        if member:
+            self.tally.skip("damaged member")
+        if self.tally.damaged[-1:] != [self.file.origin]:
+            self.tally.damaged.append(self.file.origin)
+            self.tally.skip("damaged file")
 
     def reached(self, position: int) -> None:
         """Note that the file has been read up to ``position``."""
@@ -120,25 +134,48 @@ class Stream:
     reader: io.BufferedReader
     encoding: str | None
     named: str | None
+    _job: Job
     _raw: BinaryIO
-    _unpacked: _Unpacked | None
+    _unpacked: Unpacked | None
 
     @property
-    def damage(self) -> str:
-        """What is wrong with the file as far as it has been read; empty if nothing is."""
-        return self._unpacked.damage if self._unpacked else ""
+    def broken(self) -> bool:
+        """Whether something has been lost since the last ``go_on``: the reader ends there."""
+        return self._unpacked is not None and self._unpacked.lost
+
+    @property
+    def torn(self) -> bool:
+        """At an end of the reader: whether what came last breaks off."""
+        return self._unpacked is not None and self._unpacked.torn
+
+    def go_on(self) -> bool:
+        """At an end of the reader: count what was lost there, and say whether more can be read now.
+
+        Raises:
+            Damaged: something was lost, and the job is strict.
+        """
+        if self._unpacked is None:
+            return False
+        more, lost = self._unpacked.go_on()
+        for loss in lost:
+            self._job.damaged(loss.why, loss.member)
+        return more
 
     def position(self) -> int:
         """Return how far the file has been read, in its own bytes."""
         return self._raw.tell()
 
-    def skip_to(self, offset: int) -> None:
-        """Go to a byte of the contents: at once if they lie as they are in the file, else by reading."""
-        if self._unpacked is None and self.encoding is None:
-            self.reader.seek(offset)
-            return
-        while offset > 0 and (data := self.reader.read(min(offset, 2**20))):
-            offset -= len(data)
+    def size(self, data: bytes) -> int:
+        """Return how many bytes of the (uncompressed) file became ``data`` of the reader.
+
+        What is invalid in UTF-16 or UTF-32 became one U+FFFD for each of its units, so this is exact.
+        """
+        if self.encoding is None:
+            return len(data)
+        characters = len(data.translate(None, _CONTINUING))
+        if self.encoding.startswith("utf-32"):
+            return 4 * characters
+        return 2 * (characters + len(data) - len(data.translate(None, _FOUR)))
 
 
 @contextmanager
@@ -146,22 +183,34 @@ def opened(job: Job, convert: bool = True) -> Iterator[Stream]:
     """Open the file of a job, at the job's offset; with ``convert`` UTF-16 and UTF-32 become UTF-8.
 
     Raises:
-        Damaged: at the end, if the file was damaged.
         OSError: it cannot be opened or read.
     """
     with raw_file(job.file) as raw:
-        unpacked = _unpacked(job.file, raw)
+        form = FORMS.get(job.file.suffixes[-1]) if job.file.suffixes else None
+        unpacked = Unpacked(raw, form) if form else None
         reader = cast(io.BufferedReader, io.BufferedReader(unpacked, _BUFFER) if unpacked else raw)
         head = reader.peek(encoding.HEAD)[: encoding.HEAD] if convert else b""
+        if job.offset:
+            _skip(reader, unpacked, job.offset)
         name = encoding.wide(head)
         if name:
             reader = cast(io.BufferedReader, io.BufferedReader(_Converted(reader, name), _BUFFER))
-        stream = Stream(reader, name, encoding.named(head), raw, unpacked)
-        if job.offset:
-            stream.skip_to(job.offset)
-        yield stream
-        if stream.damage:
-            raise Damaged(stream.damage)
+        yield Stream(reader, name, encoding.named(head), job, raw, unpacked)
+
+
+def _skip(reader: io.BufferedReader, unpacked: Unpacked | None, offset: int) -> None:
+    """Go to a byte of the contents: at once if they lie as they are in the file, else by reading.
+
+    Losses on the way were counted before; one that lies just at ``offset`` was not.
+    """
+    if unpacked is None:
+        reader.seek(offset)
+        return
+    while offset > 0:
+        data = reader.read(min(offset, 2**20))
+        offset -= len(data)
+        if not data and not unpacked.go_on()[0]:
+            return
 
 
 @contextmanager
@@ -239,127 +288,6 @@ class _Remote(io.RawIOBase):
             raise
         except Exception as error:  # stores and networks raise many kinds
             raise UserError(f"cannot read '{self._url}': {first_line(error)}; run it again to go on") from None
-
-
-class _Unpacked(io.RawIOBase):
-    """The contents of a compressed file, up to its end or the first damage."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self.damage = ""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self.damage:
-            return 0
-        try:
-            data = self._some(len(buffer))
-        except (pa.ArrowException, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's, not about the contents
-            self.damage, data = first_line(error), b""
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _some(self, most: int) -> bytes:
-        raise NotImplementedError
-
-
-class _Zstd(_Unpacked):
-    """Arrow's decompressor also notices a stream that breaks off."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        super().__init__(raw)
-        self._inner = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
-
-    def _some(self, most: int) -> bytes:
-        # Little at a time: what is asked for in the call that meets the damage is lost.
-        return bytes(self._inner.read(min(most, _BLOCK)))
-
-
-class _Members(_Unpacked):
-    """gzip, bzip2 and xz: one or more compressed members, one after the other."""
-
-    def __init__(self, raw: BinaryIO, new: Callable[[], Any]) -> None:
-        super().__init__(raw)
-        self._new = new
-        self._member: Any = None
-        self._rest = b""
-
-    def _some(self, most: int) -> bytes:
-        while True:
-            if self._member is None:
-                self._rest = self._beginning()
-                if not self._rest:
-                    return b""
-                self._member = self._new()
-            hungry = not self._rest and self._member.hungry
-            data = self._raw.read(_BLOCK) if hungry else self._rest
-            if hungry and not data:
-                raise EOFError("it breaks off before the end of its compressed data")
-            out, self._rest = self._member.step(data, most)
-            if self._member.eof:
-                self._member = None
-            if out:
-                return cast(bytes, out)
-
-    def _beginning(self) -> bytes:
-        """Return the first bytes of the next member; none at the end. Zeros between members are padding."""
-        data = self._rest.lstrip(b"\0")
-        while not data and (more := self._raw.read(_BLOCK)):
-            data = more.lstrip(b"\0")
-        return data
-
-
-class _Zlib:
-    """One gzip member."""
-
-    hungry = True
-
-    def __init__(self) -> None:
-        self._inner = zlib.decompressobj(wbits=31)
-
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
-
-    def step(self, data: bytes, most: int) -> tuple[bytes, bytes]:
-        out = self._inner.decompress(data, most)
-        return out, self._inner.unused_data if self._inner.eof else self._inner.unconsumed_tail
-
-
-class _Other:
-    """One bzip2 or xz member; these keep the input they have not used yet themselves."""
-
-    def __init__(self, inner: bz2.BZ2Decompressor | lzma.LZMADecompressor) -> None:
-        self._inner = inner
-
-    @property
-    def hungry(self) -> bool:
-        return self._inner.needs_input
-
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
-
-    def step(self, data: bytes, most: int) -> tuple[bytes, bytes]:
-        out = self._inner.decompress(data, most)
-        return out, self._inner.unused_data if self._inner.eof else b""
-
-
-def _unpacked(file: SourceFile, raw: BinaryIO) -> _Unpacked | None:
-    suffix = file.suffixes[-1] if file.suffixes else ""
-    if suffix == ".zst":
-        return _Zstd(raw)
-    if suffix == ".gz":
-        return _Members(raw, _Zlib)
-    if suffix == ".bz2":
-        return _Members(raw, lambda: _Other(bz2.BZ2Decompressor()))
-    if suffix == ".xz":
-        return _Members(raw, lambda: _Other(lzma.LZMADecompressor()))
-    return None
 
 
 class _Converted(io.RawIOBase):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from poise.data.readers.document import Document
 from poise.data.readers.encoding import read, why_not_text
@@ -19,43 +19,50 @@ def read_text(job: Job) -> Iterator[Document]:
     which it breaks off is left out.
 
     Raises:
-        Damaged: after the last document, if the file is damaged.
+        Damaged: the file is damaged, and the job strict.
         OSError: the file cannot be opened or read.
     """
     with opened(job) as stream:
-        number = job.number
-        for offset, data in pieces(stream.reader, job.piece, job.offset):
-            if stream.damage:
+        number, after = job.number, job.offset
+        while True:
+            for offset, data, last in pieces(stream.reader, job.piece, after, stream.size):
+                after = offset + stream.size(data)
+                if last and stream.torn:
+                    continue
+                job.reached(stream.position())
+                number += 1
+                mark = 3 if offset == 0 and data.startswith(_BOM) else 0
+                text = read(data[mark:] if mark else data, stream.named)
+                why = why_not_text(data, text, first=offset == 0)
+                if why and offset == 0:
+                    job.tally.skip(why)
+                    return
+                if why:
+                    job.tally.skip(why.replace("file", "part of a file"))
+                    continue
+                if encoding := stream.encoding or text.encoding:
+                    job.tally.converted[encoding] += 1
+                begin = offset + stream.size(data[:mark])
+                yield job.document(text.text, job.file.origin, begin, text.replaced, (after, number))
+            if not stream.go_on():
                 return
-            job.reached(stream.position())
-            number += 1
-            mark = 3 if offset == 0 and data.startswith(_BOM) else 0
-            text = read(data[mark:] if mark else data, stream.named)
-            why = why_not_text(data, text, first=offset == 0)
-            if why and offset == 0:
-                job.tally.skip(why)
-                return
-            if why:
-                job.tally.skip(why.replace("file", "part of a file"))
-                continue
-            if encoding := stream.encoding or text.encoding:
-                job.tally.converted[encoding] += 1
-            after = (offset + len(data), number)
-            yield job.document(text.text, job.file.origin, offset + mark, text.replaced, after)
 
 
-def pieces(stream: io.BufferedReader, limit: int, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, bytes) of pieces of at most ``limit`` bytes; joined they are the rest of the stream."""
+def pieces(
+    stream: io.BufferedReader, limit: int, offset: int = 0, size: Callable[[bytes], int] = len
+) -> Iterator[tuple[int, bytes, bool]]:
+    """Yield (offset, bytes, whether it is the last) of pieces of at most ``limit`` bytes; joined they are the rest of
+    the stream. ``size`` says what bytes count in the offset."""
     rest = b""
     while True:
         data = rest + stream.read(limit + 1 - len(rest))
         if len(data) <= limit:
             if data:
-                yield offset, data
+                yield offset, data, True
             return
         at = _cut(data, limit)
-        yield offset, data[:at]
-        offset, rest = offset + at, data[at:]
+        yield offset, data[:at], False
+        offset, rest = offset + size(data[:at]), data[at:]
 
 
 def _cut(data: bytes, limit: int) -> int:
