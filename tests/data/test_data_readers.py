@@ -837,3 +837,22 @@ def test_blame_says_no_place_that_is_not_known(origin: str, offset: int, said: s
     from poise.cli.blame import _place
 
     assert _place(SimpleNamespace(origin=origin, offset=offset)) == said  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [(40, "longer than it is"), (-40, "longer than it says"), (None, "how long")]
+)
+def test_a_record_of_a_wrong_length_is_left_out(tmp_path: Path, change: int | None, says: str) -> None:
+    bodies = [f"page {n} " + " ".join(f"word{n}x{i}" for i in range(30)) for n in range(6)]
+    records = []
+    for number, body in enumerate(bodies):
+        length = len(body) if number != 2 else "12z" if change is None else len(body) + change
+        head = f"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Record-ID: <urn:{number}>\r\nContent-Type: text/plain\r\n"
+        records.append(f"{head}Content-Length: {length}\r\n\r\n{body}\r\n\r\n")
+    (tmp_path / "a.warc").write_text("".join(records), newline="")
+    source, tally = sources.resolve(str(tmp_path / "a.warc")), Tally()
+    found = [document.text for document in sources.documents(source, "text", tally)]
+    assert found == [body for number, body in enumerate(bodies) if number != 2]
+    assert tally.skipped["damaged member"] == 1 and tally.damaged == ["a.warc"]
+    with pytest.raises(UserError, match=says):
+        list(sources.documents(source, "text", Tally(), strict=True))

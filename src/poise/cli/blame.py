@@ -156,7 +156,7 @@ def _place(one: Document) -> str:
     at = f"{'byte' if bare == file.lower() else 'unpacked byte'} {one.offset:,}"
     if file == one.origin:
         return "" if ":" in file else f", from {at} on"  # what is a part of something else, by name, has no byte
-    if bare.endswith((".parquet", ".arrow", ".arrows", ".feather", ".ipc")):
+    if bare.endswith((".parquet", ".arrow", ".feather", ".ipc")):
         return f", row {number}"
     for endings, word in _RECORDS:
         if bare.endswith(endings):

@@ -185,12 +185,19 @@ def _would_drop(found: Kept) -> list[str]:
     share = gone / max(1, found.documents)
     head = f"left out: {gone:,} of {found.documents:,} documents ({share:.1%}), {size / 1e6:,.1f} of "
     rows = [[f"  {reason}", documents, f"{size / 1e6:,.1f} MB"] for reason, (documents, size) in found.dropped.items()]
-    return [f"{head}{found.bytes / 1e6:,.1f} MB" + (":" if rows else ""), *(table(rows) if rows else ())]
+    lines = [f"{head}{found.bytes / 1e6:,.1f} MB" + (":" if rows else ""), *(table(rows) if rows else ())]
+    if found.skipped:
+        lines.append("not read: " + ", ".join(f"{count:,} {reason}" for reason, count in found.skipped.items()))
+    if found.damaged:
+        more = f" and {len(found.damaged) - SHOWN} others" if len(found.damaged) > SHOWN else ""
+        lines.append(f"damaged: {', '.join(map(plain, found.damaged[:SHOWN]))}{more}")
+    return lines
 
 
 def _facts(found: Kept) -> dict[str, object]:
     dropped = {reason: {"documents": n, "bytes": size} for reason, (n, size) in found.dropped.items()}
-    return {"documents": found.documents, "bytes": found.bytes, "dropped": dropped}
+    facts = {"documents": found.documents, "bytes": found.bytes, "dropped": dropped}
+    return facts | {"skipped": dict(found.skipped), "damaged": list(found.damaged)}
 
 
 def _show_filters() -> int:

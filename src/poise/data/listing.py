@@ -23,7 +23,6 @@ _KINDS: Final[dict[str, Kind]] = {
 _TABLES: Final[dict[str, Kind]] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
-    ".arrows": "arrow",
     ".feather": "arrow",
     ".ipc": "arrow",
 }

@@ -54,11 +54,15 @@ class Kept:
     Attributes:
         documents, bytes: read, before any was left out.
         dropped: reason -> (documents, bytes).
+        skipped: files, rows and lines that could not be read, by reason.
+        damaged: files of which only a part could be read.
     """
 
     documents: int
     bytes: int
     dropped: Mapping[str, tuple[int, int]]
+    skipped: Mapping[str, int]
+    damaged: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +275,8 @@ class _Preparation:
                 size[code] += int(sizes[reason == code].sum())
         dropped = {judgement.reasons[code]: (documents[code], size[code]) for code in sorted(documents) if code != KEPT}
         most_first = sorted(dropped.items(), key=lambda item: (-item[1][0], item[0]))
-        return Kept(sum(documents.values()), sum(size.values()), dict(most_first))
+        damaged = tuple(self._tally.damaged)
+        return Kept(sum(documents.values()), sum(size.values()), dict(most_first), self._skipped(), damaged)
 
     # -- tokens ------------------------------------------------------------------------------------------------
 

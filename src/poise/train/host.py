@@ -110,6 +110,9 @@ class TrainHost:
     def _note_drop(self, **what: Any) -> None:
         if self._run.journal is not None:
             self._run.journal.write("drop", step=self._run.position.step, **what)
+        for name, values in what.items():
+            shown = " to ".join(map(str, values)) if name == "samples" else ", ".join(map(str, values))
+            self._run.tell("on_note", f"left out from here on: {name} {shown}")
 
     def scale_lr(self, factor: float, rewarm: int = 0) -> None:
         """Multiply the learning rate by ``factor``: of all later steps, or with ``rewarm`` climbing back over so many.

@@ -7,6 +7,7 @@ every page of a site, into the training data, which is what the cleaning is ther
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import re
@@ -52,12 +53,16 @@ def read_warc(job: Job) -> Iterator[Document]:
             records = warcio.ArchiveIterator(blocks, block_size=_BLOCK)
             why = ""
             while not why:
-                begin = records.offset
+                begin, wrong = records.offset, records.err_count
                 try:
-                    record = next(records, None)
-                    if record is None:
-                        break
-                    document = _document(job, record, records, number)
+                    with contextlib.redirect_stderr(io.StringIO()):  # warcio prints what it finds, with the text
+                        record = next(records, None)
+                        if record is None:
+                            break
+                        document = _document(job, record, records, number)
+                    if records.err_count > wrong:  # what follows a record tells whether its length was right
+                        document = None
+                        job.damaged(f"record {number} is longer than it says")
                 except Damaged as error:  # the record breaks off
                     why = str(error)
                 except (failed, unreadable, UnicodeDecodeError, ValueError) as error:
@@ -78,7 +83,8 @@ def read_warc(job: Job) -> Iterator[Document]:
 
 
 def _document(job: Job, record: Any, records: Any, number: int) -> Document | None:
-    if not hasattr(record.raw_stream, "limit"):
+    length = record.rec_headers.get_header("Content-Length")
+    if not hasattr(record.raw_stream, "limit") or not (length or "").strip().isdecimal():
         raise Damaged(f"record {number} does not say how long it is")
     why = _why_not(record)
     raw = b"" if why else record.content_stream().read(MAX_RECORD + 1)
@@ -86,6 +92,8 @@ def _document(job: Job, record: Any, records: Any, number: int) -> Document | No
     offset = records.get_record_offset()
     if short:
         raise Damaged(f"record {number} breaks off")
+    if _RECORD.search(raw):
+        raise Damaged(f"record {number} says that it is longer than it is")
     if len(raw) > MAX_RECORD:
         why = f"WARC record over {MAX_RECORD >> 20} MiB"
     if why:
