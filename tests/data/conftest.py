@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.shell import Poise, write
 
 from poise.data import record
 from poise.data.prepare import prepare
@@ -124,3 +125,21 @@ def cleaned(dirty: Dirty, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "BLOCK_BYTES", 8000)
         return dirty.prepare(tmp_path_factory.mktemp("cleaned") / "out")
+
+
+@pytest.fixture
+def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in the test's own folder, with a cache of its own."""
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def poise(capsys: pytest.CaptureFixture[str]) -> Poise:
+    return Poise(capsys)
+
+
+@pytest.fixture(scope="session")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 short texts; not to be changed."""
+    return write(tmp_path_factory.mktemp("hostile") / "notes")

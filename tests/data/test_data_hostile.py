@@ -20,22 +20,7 @@ from poise.data import sources, store, work
 from poise.data.readers import jsonl
 from poise.data.store import open_tokens, verify
 
-
-@pytest.fixture(autouse=True)
-def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def poise(capsys: pytest.CaptureFixture[str]) -> Poise:
-    return Poise(capsys)
-
-
-@pytest.fixture(scope="module")
-def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 12 short texts; not to be changed."""
-    return write(tmp_path_factory.mktemp("hostile") / "notes")
+pytestmark = pytest.mark.usefixtures("own_places")
 
 
 # What is in the sources.

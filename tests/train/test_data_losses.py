@@ -19,11 +19,11 @@ from poise.core.errors import UserError
 from poise.core.journal import read, timeline
 from poise.core.types import IGNORE, Batch, DropData
 from poise.data.feed.loader import Feed, Loader, View
-from poise.data.feed.skips import samples_of
+from poise.data.feed.skips import listed, samples_of
 from poise.data.store import open_tokens
 from poise.train.budget import budget, render
 from poise.train.evaluate import validation_loss
-from poise.train.position import Position, batches, listed, micro_batches
+from poise.train.position import Position, batches, micro_batches
 from poise.train.recipe import load
 from poise.train.run import train
 from poise.train.state import Run

@@ -172,9 +172,10 @@ def _show_result(done: Prepared, as_json: bool) -> None:
     if as_json:
         return
     if damaged := done.manifest.get("damaged"):
-        more = f" and {len(damaged) - SHOWN} others" if len(damaged) > SHOWN else ""
-        named = ", ".join(map(plain, damaged[:SHOWN]))
-        warned = [f"damaged, the rest of them is used: {named}{more}; fetch again, or --strict stops at them", *warned]
+        warned = [
+            f"damaged, the rest of them is used: {_some(damaged)}; fetch again, or --strict stops at them",
+            *warned,
+        ]
     for line in warned:
         print(f"note: {line}", file=sys.stderr)
 
@@ -189,9 +190,14 @@ def _would_drop(found: Kept) -> list[str]:
     if found.skipped:
         lines.append("not read: " + ", ".join(f"{count:,} {reason}" for reason, count in found.skipped.items()))
     if found.damaged:
-        more = f" and {len(found.damaged) - SHOWN} others" if len(found.damaged) > SHOWN else ""
-        lines.append(f"damaged: {', '.join(map(plain, found.damaged[:SHOWN]))}{more}")
+        lines.append(f"damaged: {_some(found.damaged)}")
     return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of some files' names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} others" if len(names) > SHOWN else ""
+    return ", ".join(map(plain, names[:SHOWN])) + more
 
 
 def _facts(found: Kept) -> dict[str, object]:

@@ -8,7 +8,7 @@ in one process, in many, and inside other people's engines, and what was dropped
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from poise.data.readers import Document
+
+Item = TypeVar("Item")
 
 Stage = Callable[[pa.RecordBatch], pa.RecordBatch]
 """A pure, picklable function of one record batch."""
@@ -44,13 +46,18 @@ BLOCK_DOCUMENTS: Final = 8192
 
 
 def groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield documents in lists, cut by size alone, so always in the same places; nothing is read ahead of a list."""
-    rows: list[Document] = []
+    """Yield documents in lists, cut by the size of their text and their number."""
+    return grouped(documents, lambda document: len(document.text), BLOCK_BYTES, BLOCK_DOCUMENTS)
+
+
+def grouped(items: Iterable[Item], size_of: Callable[[Item], int], most_size: int, most: int) -> Iterator[list[Item]]:
+    """Yield items in lists, cut by size alone, so always in the same places; nothing is read ahead of a list."""
+    rows: list[Item] = []
     size = 0
-    for document in documents:
-        rows.append(document)
-        size += len(document.text)
-        if size >= BLOCK_BYTES or len(rows) == BLOCK_DOCUMENTS:
+    for item in items:
+        rows.append(item)
+        size += size_of(item)
+        if size >= most_size or len(rows) == most:
             yield rows
             rows, size = [], 0
     if rows:

@@ -145,17 +145,6 @@ def weighed(value: Tensor, weight: Tensor | None) -> Tensor:
     return value if weight is None else value * weight.to(value.device)
 
 
-def listed(spans: Sequence[Range]) -> Sequence[int]:
-    """Return the samples of ranges; the inverse of ``poise.data.feed.skips.spans``.
-
-    >>> listed([(3, 5)]), listed([(3, 3), (6, 7)])
-    (range(3, 6), [3, 6, 7])
-    """
-    if len(spans) == 1:
-        return range(spans[0][0], spans[0][1] + 1)
-    return [sample for first, last in spans for sample in range(first, last + 1)]
-
-
 def _sound(record: Any) -> Sound | None:
     if record is None:
         return None

@@ -22,7 +22,7 @@ from poise.core.host import Host, Rewinder
 from poise.core.journal import Journal, Record, timeline
 from poise.core.types import IGNORE, Batch, Decision, Rollback, Signals, Verdict, Watch
 from poise.data.feed.loader import Loader, View
-from poise.data.feed.skips import samples_of, spans
+from poise.data.feed.skips import listed, samples_of, spans
 from poise.guard.guard import Guard
 from poise.guard.signals.linears import LinearNorms
 from poise.hardware import distributed
@@ -42,7 +42,6 @@ from poise.train.position import (
     Sound,
     batches,
     fetch,
-    listed,
     micro_batches,
     upcoming,
     view_at,

@@ -21,7 +21,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from poise.core.errors import UserError
-from poise.data import judge, staging, store
+from poise.data import judge, record, staging, store
 from poise.data.exchange.incoming import REQUIRED, Import, Incoming, Reading, split
 from poise.data.exchange.meaning import Vocabulary, vocabulary_of
 from poise.data.exchange.outgoing import PROVENANCE, Progress
@@ -110,7 +110,7 @@ class _Building:
         documents: Iterable[Incoming] = reading.documents(end)
         if self.how.split and known is None:
             documents = (part for document in documents for part in split(document, end))
-        for block in _grouped(documents):
+        for block in record.grouped(documents, lambda one: len(one.ids), _BLOCK_TOKENS, _BLOCK_DOCUMENTS):
             self.read += len(block)
             if known is None:
                 whole = [d for d in block if len(d.ids) and (len(d.ids) > 1 or int(d.ids[0]) != end)]
@@ -264,19 +264,6 @@ class _Building:
                 "tokenizers": tokenizers.__version__,
             },
         }
-
-
-def _grouped(documents: Iterable[Incoming]) -> Iterator[list[Incoming]]:
-    block: list[Incoming] = []
-    size = 0
-    for document in documents:
-        block.append(document)
-        size += len(document.ids)
-        if size >= _BLOCK_TOKENS or len(block) == _BLOCK_DOCUMENTS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
 
 
 def _other(reading: Reading) -> UserError:

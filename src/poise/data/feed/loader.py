@@ -206,23 +206,22 @@ class Loader:
         source, number = self._position(sample)
         (places,), pieces = self._rows[source].places(np.array([number]))
         all_of = self._split.repeats
-        least = periodic.threshold(self.seq_len)
         found = []
         for begin, end in _stretches(places, None if pieces is None else pieces[0]):
             start, stop = int(places[begin]), int(places[begin]) + end - begin
             # Not numpy's searchsorted: it would copy the whole mapped column first. Starts and ends both rise.
             low = bisect_right(range(len(all_of)), start, key=lambda i: int(all_of["start"][i] + all_of["length"][i]))
-            for one in all_of[low : bisect_left(all_of["start"], stop)]:
+            some = all_of[low : bisect_left(all_of["start"], stop)]
+            for one, counts in zip(some, periodic.counted(some, self.seq_len).tolist(), strict=True):
                 first, last = max(int(one["start"]), start), min(int(one["start"]) + int(one["length"]), stop)
                 if first < last:
-                    masked = self.feed.mask_repeats and not bool(one["blank"]) and int(one["count"]) >= least
                     found.append(
                         {
                             "span": (begin + first - start, begin + last - start),
                             "period": int(one["period"]),
                             "count": int(one["count"]),
                             "blank": bool(one["blank"]),
-                            "masked": masked,
+                            "masked": self.feed.mask_repeats and counts,
                         }
                     )
         return found
@@ -307,19 +306,19 @@ class Loader:
 
     def _near(self, rows: Concatenated, numbers: Ints, view: View) -> Ints:
         """Return which of some sequences, by their place in ``numbers``, have a target that does not count."""
-        first, last = self._masked(self._least(view), view.dropped)
+        first, last = self._masked(self._window(view), view.dropped)
         begin = rows.first(numbers) + 1
         end = begin + self.seq_len
         return np.flatnonzero(np.searchsorted(last, begin, "right") < np.searchsorted(first, end, "left"))
 
-    def _least(self, view: View) -> int:
-        """Return the count of repeats from which a span is masked; 0 for never."""
-        return periodic.threshold(view.seq_len or self.seq_len) if self.feed.mask_repeats else 0
+    def _window(self, view: View) -> int:
+        """Return the length of the windows in which repeats are masked; 0 where they are not."""
+        return (view.seq_len or self.seq_len) if self.feed.mask_repeats else 0
 
-    def _masked_spans(self, least: int, dropped: tuple[int, ...]) -> tuple[Ints, Ints]:
+    def _masked_spans(self, window: int, dropped: tuple[int, ...]) -> tuple[Ints, Ints]:
         """Return the first and the last-plus-one token of every stretch that does not count, in order, disjoint."""
-        some = self._split.repeats if least else self._split.repeats[:0]
-        some = some[~some["blank"] & (some["count"] >= least)] if least else some
+        repeats = self._split.repeats
+        some = repeats[periodic.counted(repeats, window)] if window else repeats[:0]
         pointers, lengths, size = self._split.index.pointers, self._split.index.lengths, self._split.tokens.itemsize
         known = np.array([number for number in dropped if number < len(lengths)], np.int64)
         begins = pointers[known] // size
@@ -335,7 +334,7 @@ class Loader:
     def _ignored(self, places: Ints, pieces: NDArray[np.int32] | None, view: View) -> NDArray[np.bool_]:
         """Return which targets do not count, (N, T); ``places`` and ``pieces`` are (N, C)."""
         targets = places[:, 1:]
-        first, last = self._masked(self._least(view), view.dropped)
+        first, last = self._masked(self._window(view), view.dropped)
         ignored = np.zeros(targets.shape, bool)
         if len(first):
             # Most rows have nothing masked: a row's places lie between its smallest and its largest.

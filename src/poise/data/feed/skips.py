@@ -53,6 +53,17 @@ def spans(samples: Sequence[int]) -> list[Range]:
     return merged((sample, sample) for sample in samples)
 
 
+def listed(spans: Sequence[Range]) -> Sequence[int]:
+    """Return the samples of ranges; the inverse of ``spans``.
+
+    >>> listed([(3, 5)]), listed([(3, 3), (6, 7)])
+    (range(3, 6), [3, 6, 7])
+    """
+    if len(spans) == 1:
+        return range(spans[0][0], spans[0][1] + 1)
+    return [sample for first, last in spans for sample in range(first, last + 1)]
+
+
 def samples_of(record: Mapping[str, Any], batch_size: int) -> Sequence[int]:
     """Return the samples that a step showed, from its journal record: ``spans``, else ``rows`` from ``sample`` on.
 
@@ -60,6 +71,6 @@ def samples_of(record: Mapping[str, Any], batch_size: int) -> Sequence[int]:
     (range(16, 24), [3, 6, 7])
     """
     if "spans" in record:
-        return [sample for first, last in record["spans"] for sample in range(int(first), int(last) + 1)]
+        return listed([(int(first), int(last)) for first, last in record["spans"]])
     first = int(record["sample"])
     return range(first, first + int(record.get("rows", batch_size)))
